@@ -1,0 +1,198 @@
+"""The ``contlearn`` command. Heavy imports happen inside the sub-command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from contlearn.errors import ContlearnError, unknown_name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 success, 2 bad input, 128 + signal when stopped by one."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _top().print_help()
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from contlearn import __version__
+
+        print(f"contlearn {__version__}")
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise unknown_name("command", arguments[0], COMMANDS)
+        return COMMANDS[arguments[0]][0](arguments[1:])
+    except ContlearnError as error:
+        print(f"contlearn: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    number = int(getattr(stop, "signum", signal.SIGINT))
+    folder = getattr(stop, "folder", None)
+    where = f"; continue with the same command and --resume (position stored in {folder})" if folder else ""
+    print(f"contlearn: stopped by {signal.Signals(number).name}{where}", file=sys.stderr)
+    return 128 + number
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors become one line and exit code 2, like every other bad input."""
+
+    def error(self, message: str) -> Any:
+        raise ContlearnError(f"{self.prog.removeprefix('contlearn ')}: {message}")
+
+
+def _top() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="contlearn",
+        description="Continual learning and on-device adaptation with a byte-exact memory account.",
+        epilog="contlearn COMMAND --help documents the options of a command.",
+    )
+    parser.add_argument("-V", "--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, (_, description) in COMMANDS.items():
+        commands.add_parser(name, help=description, add_help=False)
+    return parser
+
+
+# ---------------------------------------------------------------------- run
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="contlearn run",
+        description="Train a strategy on a stream and evaluate after every experience.",
+        epilog="Every option of the scenario, the model and the strategy can be given as --SECTION.OPTION=VALUE; "
+        "with --help, those of the configuration (or of --strategy.name=NAME and so on) are listed.",
+        add_help=False,
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; without one, defaults and overrides")
+    parser.add_argument("--out", help="run folder (default: runs/ and the name of CONFIG); an earlier run is kept aside")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, or start without one")
+    parser.add_argument("--quiet", action="store_true", help="no progress display and no summary")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
+    options, rest = parser.parse_known_args(arguments)
+    from contlearn import config as configuration
+
+    content = configuration.load(options.config) if options.config is not None else {}
+    if options.help:
+        parser.print_help()
+        names, _ = configuration._names(content, rest)
+        details, _ = configuration.parser_for(names, usage="", add_help=False)
+        print("\n" + details.format_help().split("\n", 2)[-1].strip())
+        return 0
+    stray = next((argument for argument in rest if not argument.startswith("-")), None)
+    if stray is not None and rest[0] == stray:
+        raise ContlearnError(f"run: unexpected argument {stray!r}; expected options such as --strategy.lr=0.1")
+    resolved = configuration.resolve(content, rest)
+    folder = Path(options.out) if options.out else Path("runs") / (Path(options.config).stem if options.config else "run")
+    _quiet_libraries()
+    strategy, stream = configuration.build(resolved)
+    from contlearn.running import run
+
+    result = run(
+        strategy,
+        stream,
+        out=folder,
+        resume=options.resume,
+        seed=resolved["seed"],
+        loggers=resolved["loggers"],
+        quiet=options.quiet,
+        config=resolved,
+    )
+    from contlearn import plots
+
+    plots.accuracy_per_experience([(resolved["strategy"]["name"], result.results)], folder / "accuracy.png")
+    plots.accuracy_matrix(result.results, folder / "accuracy_matrix.png")
+    if not options.quiet:
+        from rich.console import Console
+
+        Console().print(plots.table([(resolved["strategy"]["name"], result.results)]))
+        print(f"run folder: {folder}")
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Third parties' deprecation notices are not the user's business."""
+    import warnings
+
+    for category in (DeprecationWarning, FutureWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(avalanche|torch|timm|torchvision)\b.*")
+
+
+# ---------------------------------------------------------------------- list
+
+
+def _list(arguments: list[str]) -> int:
+    parser = _Parser(prog="contlearn list", description="List what can be named in a configuration.")
+    kinds = ("strategies", "scenarios", "models", "datasets")
+    parser.add_argument("kind", choices=kinds, help="what to list")
+    parser.add_argument("name", nargs="?", help="one entry (in full), or a shell-style pattern")
+    options = parser.parse_args(arguments)
+    rows, details = _registry(options.kind)
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if options.name in rows:
+        for key, value in details(options.name).items():
+            if value not in ("", None, {}, ()):
+                console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+        return 0
+    import fnmatch
+
+    chosen = fnmatch.filter(rows, options.name) if options.name else list(rows)
+    if not chosen:
+        raise unknown_name(options.kind, options.name, rows)
+    table = Table("name", "description", "source", box=None, pad_edge=False)
+    for name in chosen:
+        record = details(name)
+        table.add_row(name, str(record.get("description", "")), str(record.get("paper") or record.get("source") or ""))
+    console.print(table)
+    return 0
+
+
+def _registry(kind: str) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
+    """Names of a registry and the record of each as a dictionary."""
+    import importlib
+    from dataclasses import fields
+
+    module = importlib.import_module("contlearn.scenarios.datasets" if kind == "datasets" else f"contlearn.{kind}")
+    names = module.list_datasets() if kind == "datasets" else module.list()
+
+    def details(name: str) -> dict[str, Any]:
+        record = module.describe(name)
+        found = {field.name: getattr(record, field.name) for field in fields(record)}
+        return {key: dict(value) if hasattr(value, "items") else value for key, value in found.items()}
+
+    return list(names), details
+
+
+# ---------------------------------------------------------------------- doctor
+
+
+def _doctor(arguments: list[str]) -> int:
+    from contlearn import doctor
+
+    return doctor.main(arguments)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "run": (_run, "train a strategy on a stream and evaluate it"),
+    "list": (_list, "list strategies, scenarios, models or datasets"),
+    "doctor": (_doctor, "check versions, devices, threads and data"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Options of scenarios, models and strategies, read from their signatures and docstrings: there is no second schema."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union
+
+from contlearn.errors import ContlearnError
+
+PLAIN = (int, float, str, bool, type(None))
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its type as the command line and YAML can give it, its default and its documentation."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+def options_of(*sources: Callable[..., Any]) -> list[Option]:
+    """The keyword options of functions or classes, in order; the first to name an option wins.
+
+    Options that only Python can give (modules, plug-ins, callables) are left out.
+    """
+    found: dict[str, Option] = {}
+    for source in sources:
+        documented = arguments(inspect.getdoc(source) or "")
+        function = source.__init__ if isinstance(source, type) else source
+        function = inspect.unwrap(function)
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or name in found or name == "self":
+                continue
+            if parameter.default is parameter.empty:
+                continue
+            plain = plain_type(parameter.annotation, function)
+            if plain is not None:
+                default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+                found[name] = Option(name, plain, default, documented.get(name, ""))
+    return list(found.values())
+
+
+def plain_type(annotation: Any, function: Callable[..., Any]) -> Any:
+    """The part of an annotation that YAML can give, or ``None`` when there is none."""
+    if isinstance(annotation, str):
+        members = []
+        for text in _alternatives(annotation):
+            try:
+                # The annotation is our own source text, never the user's.
+                members.append(_evaluate(text, function))
+            except NameError:
+                continue
+        annotation = Union[tuple(members)] if members else None
+    if annotation is None:
+        return None
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        kept = [member for member in typing.get_args(annotation) if _is_plain(member)]
+        kept = [_listed(member) for member in kept]
+        if not [member for member in kept if member is not type(None)]:
+            return None
+        return Union[tuple(kept)]
+    return _listed(annotation) if _is_plain(annotation) else None
+
+
+def _evaluate(text: str, function: Callable[..., Any]) -> Any:
+    namespace = vars(sys.modules[function.__module__])
+    return typing.get_type_hints(types.SimpleNamespace(__annotations__={"it": text}), globalns=namespace)["it"]
+
+
+def _alternatives(text: str) -> list[str]:
+    """``"a | list[b | c]"`` cut at its outermost bars."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[(") - (character in "])")
+        if character == "|" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
+
+
+def _is_plain(annotation: Any) -> bool:
+    if annotation in PLAIN or typing.get_origin(annotation) is Literal:
+        return True
+    origin = typing.get_origin(annotation)
+    return origin in (list, tuple, Sequence) and all(_is_plain(a) for a in typing.get_args(annotation) if a is not ...)
+
+
+def _listed(annotation: Any) -> Any:
+    """Sequences as lists: what YAML gives."""
+    if typing.get_origin(annotation) in (tuple, Sequence):
+        return list[typing.get_args(annotation)[0]]  # type: ignore[misc]
+    return annotation
+
+
+def arguments(docstring: str) -> dict[str, str]:
+    """The ``Args:`` section of a Google-style docstring, each text on one line."""
+    from docstring_parser import parse
+
+    return {item.arg_name: " ".join((item.description or "").split()) for item in parse(docstring).params}
+
+
+def type_name(annotation: Any) -> str:
+    """A type as an error message names it: ``int``, ``one of a, b``, ``list of int or null``."""
+    if annotation is type(None):
+        return "null"
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(str(value) for value in typing.get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_name(member) for member in typing.get_args(annotation))
+    if origin is list:
+        return f"a list of {type_name(typing.get_args(annotation)[0])}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def scenario_options(name: str) -> list[Option]:
+    """Options of a scenario, those of its data set included.
+
+    Raises:
+        ContlearnError: unknown scenario.
+    """
+    from contlearn.scenarios.registry import describe
+    from contlearn.scenarios.source import load_source
+
+    return [Option("dataset", str, "digits", _dataset_help()), *_without(options_of(describe(name).load(), load_source), "dataset")]
+
+
+def _dataset_help() -> str:
+    return "A data set's name (contlearn list datasets), or folder:PATH for your own images."
+
+
+def model_options(name: str) -> list[Option] | None:
+    """Options of a model; ``None`` when only the library that owns it knows them (timm).
+
+    Raises:
+        ContlearnError: unknown model.
+    """
+    from contlearn import models
+
+    info = models.describe(name)
+    common = _without(options_of(models.create), "seed")
+    if info.factory.startswith("contlearn.models._timm"):
+        return None
+    return [*common, *options_of(info.load_factory())]
+
+
+def strategy_options(name: str) -> list[Option]:
+    """Options of a strategy: the method's own, then those of the training loop.
+
+    Raises:
+        ContlearnError: unknown strategy.
+    """
+    from contlearn.strategies.registry import describe
+
+    info = describe(name)
+    classes = [cls for cls in info.load().__mro__ if cls.__module__.startswith("contlearn.") and "__init__" in vars(cls)]
+    found = options_of(*classes)
+    return [Option(o.name, o.type, info.defaults.get(o.name, o.default), o.help) for o in found]
+
+
+def _without(options: list[Option], *names: str) -> list[Option]:
+    return [option for option in options if option.name not in names]
+
+
+def require_mapping(value: Any, where: str) -> dict[str, Any]:
+    """``value`` as a dictionary with text keys.
+
+    Raises:
+        ContlearnError: anything else.
+    """
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ContlearnError(f"{where}: expected a mapping of options, got {type(value).__name__}")
+    return value

@@ -1,0 +1,423 @@
+"""The run: train a strategy on a stream, evaluate after every experience, keep records and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import yaml
+from avalanche.benchmarks import OnlineCLExperience
+from safetensors.torch import save as save_tensors
+
+from contlearn import results as results_module
+from contlearn.checkpoint import CheckpointFolder, Position
+from contlearn.errors import ContlearnError
+from contlearn.events import FILE_NAME as EVENTS
+from contlearn.files import atomic_write_bytes, atomic_write_text, unwritable
+from contlearn.progress import Progress
+from contlearn.recorder import Recorder
+from contlearn.state import Samples, Unstorable, seed_everything
+
+if TYPE_CHECKING:
+    from avalanche.benchmarks import CLScenario
+
+Logger = Literal["tensorboard", "csv"]
+CONFIG = "config.yaml"
+MODEL = "model.safetensors"
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run was stopped by SIGINT or SIGTERM after it had stored where it stood.
+
+    Attributes:
+        signum: the signal.
+        folder: the run folder, or ``None``.
+    """
+
+    def __init__(self, signum: int, folder: Path | None) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.folder = folder
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found.
+
+    Attributes:
+        results: the content of ``results.json``.
+        folder: the run folder, or ``None`` when nothing was written.
+    """
+
+    results: dict[str, Any]
+    folder: Path | None
+
+    @property
+    def accuracy_matrix(self) -> list[list[float | None]]:
+        """``[i][j]``: accuracy on test experience ``j`` after experience ``i``, all classes seen so far competing."""
+        return self.results["accuracy_matrix"]  # type: ignore[no-any-return]
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """Final and average accuracy, forgetting and transfer (0..1; ``None`` where undefined)."""
+        return self.results["metrics"]  # type: ignore[no-any-return]
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Bytes by component; empty when the run kept no memory account."""
+        return self.results.get("memory", {})  # type: ignore[no-any-return]
+
+
+def run(
+    strategy: Any,
+    stream: CLScenario[Any],
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    loggers: Sequence[Logger] = (),
+    quiet: bool = False,
+    config: dict[str, Any] | None = None,
+) -> Result:
+    """Train on every experience of a stream in turn and evaluate after each.
+
+    Args:
+        strategy: a contlearn strategy, or any Avalanche strategy (that one can only be stopped and resumed between
+            experiences, and only if all it holds has a stored form).
+        stream: a contlearn scenario, or any Avalanche ``CLScenario`` with a ``train`` and a ``test`` stream.
+        out: run folder; ``None`` writes nothing. A run that is already there is kept aside, never overwritten.
+        resume: go on from the folder's checkpoint; with none, start.
+        seed: seeds every random source of training. The same seed gives the same bits on a CPU.
+        loggers: ``tensorboard`` and ``csv`` logs through Avalanche's loggers, in the run folder.
+        quiet: no progress display.
+        config: what ``config.yaml`` shall say; default: the specs of scenario, model and strategy.
+
+    Returns:
+        Metrics, accuracy matrix and the folder.
+
+    Raises:
+        ContlearnError: an unwritable folder, a damaged checkpoint, or a configuration that differs from the stored one.
+        RunInterrupted: SIGINT or SIGTERM; the position is stored.
+    """
+    if config is None:
+        config = {
+            "scenario": getattr(stream, "spec", {"name": type(stream).__name__}),
+            "model": getattr(strategy.model, "spec", {"name": type(strategy.model).__name__}),
+            "strategy": getattr(strategy, "spec", {"name": type(strategy).__name__}),
+            "seed": seed,
+        }
+    session = _Session(strategy, stream, config, Path(out) if out is not None else None, seed, quiet)
+    done = session.open(resume)
+    if done is not None:
+        return done
+    with session.recorder.log_closed(), session.logging(loggers), session.signals(), session.progress:
+        return session.train(resume)
+
+
+class _Session:
+    """One call of :func:`run`."""
+
+    def __init__(
+        self, strategy: Any, stream: Any, config: dict[str, Any], folder: Path | None, seed: int, quiet: bool
+    ) -> None:
+        self.strategy = strategy
+        self.stream = stream
+        self.config = config
+        self.folder = folder
+        self.seed = seed
+        self.progress = Progress(quiet=quiet)
+        self.train_stream = list(stream.streams["train"])
+        self.test_stream = list(stream.streams["test"])
+        self.joint = bool(getattr(strategy, "trains_jointly", False)) or type(strategy).__name__ == "JointTraining"
+        self.samples = Samples(stream)
+        self.checkpoints = CheckpointFolder(folder / "checkpoint", self.samples) if folder is not None else None
+        self.recorder = Recorder(self.test_stream, self.progress)
+        self.stopped_by: int | None = None
+
+    # ------------------------------------------------------------------ folder
+
+    def open(self, resume: bool) -> Result | None:
+        """Make the folder ready; a finished run that is resumed gives its result at once."""
+        if self.folder is None:
+            return None
+        stored = self._stored_config()
+        if resume and stored is not None:
+            difference = first_difference(stored, self.config)
+            if difference is not None:
+                key, before, now = difference
+                raise ContlearnError(
+                    f"{self.folder / CONFIG}: cannot resume, {key} was {before!r} and is now {now!r}; expected the "
+                    "configuration the run was started with"
+                )
+            if (self.folder / MODEL).exists():
+                self.progress.message(f"{self.folder}: already complete, nothing to resume")
+                return Result(results_module.write(self.folder), self.folder)
+        elif stored is not None or (self.folder / EVENTS).exists():
+            kept = _set_aside(self.folder)
+            self.progress.message(f"kept the earlier run as {kept} (--resume continues one instead)")
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ContlearnError(f"out: {str(self.folder)!r} exists and is not a run folder; choose another")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        atomic_write_text(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
+        self.recorder.open(self.folder / EVENTS)
+        return None
+
+    def _stored_config(self) -> dict[str, Any] | None:
+        assert self.folder is not None
+        path = self.folder / CONFIG
+        if not path.exists():
+            return None
+        try:
+            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ContlearnError(f"{path}: damaged ({error}); expected YAML") from error
+        return stored if isinstance(stored, dict) else {}
+
+    # ------------------------------------------------------------------ surroundings
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks the run to store its position and stop; a second one stops it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: Any) -> None:
+            if self.stopped_by is not None:
+                raise KeyboardInterrupt
+            self.stopped_by = number
+            if not isinstance(self.strategy.experience, OnlineCLExperience) and hasattr(self.strategy, "interrupt"):
+                self.strategy.interrupt = self.folder is not None and self.strategy.is_training
+            self.progress.message("stopping as soon as the position is stored; once more stops at once")
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def logging(self, loggers: Sequence[Logger]) -> Iterator[None]:
+        """Avalanche's metrics and loggers, and our recorder, on the strategy for the time of the run."""
+        plugins = list(self.strategy.plugins)
+        opened = _open_loggers(loggers, self.folder)
+        if opened:
+            from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+            from avalanche.training.plugins import EvaluationPlugin
+
+            evaluator = EvaluationPlugin(
+                accuracy_metrics(epoch=True, experience=True, stream=True),
+                loss_metrics(epoch=True, experience=True, stream=True),
+                loggers=opened,
+            )
+            self.strategy.plugins = [evaluator if p is self.strategy.evaluator else p for p in plugins]
+            original, self.strategy.evaluator = self.strategy.evaluator, evaluator
+        self.strategy.plugins.insert(0, self.recorder)
+        try:
+            yield
+        finally:
+            self.strategy.plugins = plugins
+            if opened:
+                self.strategy.evaluator = original
+                for logger in opened:
+                    close = getattr(logger, "close", None) or getattr(getattr(logger, "writer", None), "close", None)
+                    if close is not None:
+                        close()
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, resume: bool) -> Result:
+        """Train and evaluate from the position that is stored, or from the start."""
+        seed_everything(self.seed)
+        if hasattr(self.strategy, "generator"):
+            self.strategy.generator.manual_seed(self.seed)
+        position = self._restore() if resume else None
+        done = position.experiences_done if position is not None else 0
+        self.recorder.begin(
+            strategy=str(self.config["strategy"]["name"]),
+            scenario=str(self.config["scenario"]["name"]),
+            seed=self.seed,
+            classes=[sorted(_classes(experience)) for experience in self.test_stream],
+            class_names=list(getattr(self.stream, "class_names", ())),
+            joint=self.joint,
+            resumed_at=done if position is not None else None,
+            seen=[_classes(experience) for experience in self.train_stream[:done]],
+        )
+        boundaries = [index for index, experience in enumerate(self.train_stream) if _is_last_piece(experience)]
+        self.progress.start(1 if self.joint else len(boundaries), int(self.strategy.train_epochs))
+        if position is None:
+            self._evaluate_untrained()
+        if self.joint:
+            if done == 0:
+                self._experience(0, len(self.train_stream), self.train_stream, row=0, inside=position)
+        else:
+            for index in range(done, len(self.train_stream)):
+                row = sum(boundary < index for boundary in boundaries)
+                self._experience(index, index + 1, [self.train_stream[index]], row=row, inside=position)
+                position = None
+        return self._finish()
+
+    def _restore(self) -> Position | None:
+        assert self.checkpoints is not None or self.folder is None
+        position = self.checkpoints.position() if self.checkpoints is not None else None
+        if position is None or self.checkpoints is None:
+            return None
+        self.checkpoints.load_boundary(self.strategy, self.train_stream)
+        if position.inside:
+            checkpoints, strategy = self.checkpoints, self.strategy
+            strategy.resume_from = lambda: checkpoints.load_inside(strategy)
+        return position
+
+    def _experience(
+        self, index: int, done: int, experiences: list[Any], *, row: int, inside: Position | None
+    ) -> None:
+        """Train on one experience (or all, jointly), evaluate, store."""
+        boundary = self.joint or _is_last_piece(experiences[-1])
+        self.recorder.start_experience(row, experiences, first=index == 0 or _is_first_piece(experiences[0]))
+        try:
+            self.strategy.train(experiences if self.joint else experiences[0], eval_streams=[])
+        except BaseException as error:
+            if type(error).__name__ != "Interrupted":
+                raise
+            self.strategy.interrupt = False
+            self._store(index, inside=True)
+            self._stop()
+        self.recorder.trained(experiences)
+        if boundary:
+            self._evaluate(row)
+        if boundary or self.stopped_by is not None:
+            self._store(done)
+        if self.stopped_by is not None:
+            self._stop()
+
+    def _evaluate(self, row: int) -> None:
+        """Evaluate on every test experience; one whose classes were all never seen has no correct answer."""
+        started = time.perf_counter()
+        reachable = [e for e in self.test_stream if _classes(e) & self.recorder.seen]
+        self.recorder.start_evaluation(row)
+        if reachable:
+            self.strategy.eval(reachable)
+        self.recorder.evaluated(time.perf_counter() - started)
+
+    def _evaluate_untrained(self) -> None:
+        """The row before any training, where it can mean something: all classes are there from the first experience."""
+        first = _classes(self.train_stream[0])
+        if self.joint or len(self.test_stream) < 2 or not all(_classes(e) <= first for e in self.test_stream):
+            return
+        self.strategy.experience, self.strategy.is_training = self.train_stream[0], True
+        self.strategy.model.train()
+        self.strategy.model = self.strategy.model_adaptation()
+        self.recorder.seen = set(first)
+        self._evaluate(-1)
+        self.recorder.seen = set()
+
+    def _store(self, done: int, *, inside: bool = False) -> None:
+        if self.checkpoints is None:
+            return
+        plugins = self.strategy.plugins
+        self.strategy.plugins = [plugin for plugin in plugins if plugin is not self.recorder]
+        try:
+            self.checkpoints.save(self.strategy, done, inside=inside)
+        except Unstorable as error:
+            self.progress.message(f"this run cannot be resumed: {error}")
+            self.checkpoints = None
+        finally:
+            self.strategy.plugins = plugins
+
+    def _stop(self) -> None:
+        self.recorder.append("interrupted", signal=int(self.stopped_by or signal.SIGINT))
+        if self.folder is not None:
+            results_module.write(self.folder)
+        raise RunInterrupted(int(self.stopped_by or signal.SIGINT), self.folder)
+
+    def _finish(self) -> Result:
+        self.recorder.append("end")
+        if self.folder is None:
+            return Result(results_module.build(self.recorder.records), None)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.strategy.model.state_dict().items()}
+        # Tied weights share storage, which the format refuses: write each name's own copy.
+        written = results_module.write(self.folder)
+        atomic_write_bytes(self.folder / MODEL, save_tensors({name: t.clone() for name, t in tensors.items()}))
+        return Result(written, self.folder)
+
+
+def first_difference(stored: Any, given: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first key at which two configurations differ, with both values."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in [*stored, *(key for key in given if key not in stored)]:
+            found = first_difference(stored.get(key), given.get(key), f"{path}.{key}" if path else str(key))
+            if found is not None:
+                return found
+        return None
+    return None if stored == given else (path, stored, given)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a run folder to the next free ``NAME.N``."""
+    taken = [int(m.group(1)) for p in folder.parent.glob(f"{folder.name}.*") if (m := re.search(r"\.(\d+)$", p.name))]
+    kept = folder.with_name(f"{folder.name}.{max(taken, default=0) + 1}")
+    try:
+        folder.rename(kept)
+    except OSError as error:
+        raise unwritable(kept, error) from error
+    return kept
+
+
+def _open_loggers(names: Sequence[Logger], folder: Path | None) -> list[Any]:
+    if not names:
+        return []
+    if folder is None:
+        raise ContlearnError("loggers: tensorboard and csv write into the run folder; give out as well")
+    from avalanche.logging import CSVLogger, TensorboardLogger
+
+    opened: list[Any] = []
+    for name in names:
+        if name == "tensorboard":
+            opened.append(TensorboardLogger(tb_log_dir=str(folder / "tensorboard")))
+        elif name == "csv":
+            # Avalanche opens its files anew: a resumed run writes beside what is there.
+            target = folder / "csv"
+            target = target if not target.exists() else _next_free(target)
+            opened.append(CSVLogger(log_folder=str(target)))
+        else:
+            raise ContlearnError(f"loggers: expected tensorboard or csv, got {name!r}")
+    return opened
+
+
+def _next_free(path: Path) -> Path:
+    number = 1
+    while path.with_name(f"{path.name}.{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}.{number}")
+
+
+def _classes(experience: Any) -> set[int]:
+    found = getattr(experience, "classes_in_this_experience", None)
+    return {int(label) for label in (found if found is not None else experience.dataset.targets.uniques)}
+
+
+def _is_last_piece(experience: Any) -> bool:
+    return not isinstance(experience, OnlineCLExperience) or bool(experience.logging().is_last_subexp)
+
+
+def _is_first_piece(experience: Any) -> bool:
+    return not isinstance(experience, OnlineCLExperience) or bool(experience.logging().is_first_subexp)
+
+
+def device_summary() -> str:
+    """The device a default run would use, in words."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

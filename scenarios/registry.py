@@ -1,0 +1,71 @@
+"""The scenarios by name: frozen records that point at their functions without importing them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from contlearn.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class ScenarioInfo:
+    """One scenario: where its function lives and what it is."""
+
+    name: str
+    factory: str
+    description: str
+    source: str
+
+    def load(self) -> Callable[..., Any]:
+        """The scenario's function."""
+        module, attribute = self.factory.split(":")
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+_RECORDS = (
+    ScenarioInfo(
+        "class_incremental",
+        "contlearn.scenarios.incremental:class_incremental",
+        "New classes in every experience, no task id at test time.",
+        "van de Ven et al., Nature Machine Intelligence 2022",
+    ),
+    ScenarioInfo(
+        "task_incremental",
+        "contlearn.scenarios.incremental:task_incremental",
+        "New classes in every experience, task id given at test time.",
+        "van de Ven et al., Nature Machine Intelligence 2022",
+    ),
+    ScenarioInfo(
+        "domain_incremental",
+        "contlearn.scenarios.domains:domain_incremental",
+        "The same classes under a new input distribution: rotation, permutation, instances or sessions.",
+        "van de Ven et al., Nature Machine Intelligence 2022",
+    ),
+    ScenarioInfo(
+        "online",
+        "contlearn.scenarios.online:online",
+        "A class-incremental stream seen once, a few samples at a time.",
+        "arXiv 1902.10486",
+    ),
+    ScenarioInfo(
+        "blurry",
+        "contlearn.scenarios.blurry:blurry",
+        "Si-blurry: some classes in one experience only, the others leak everywhere.",
+        "arXiv 2308.09303",
+    ),
+)
+SCENARIOS: dict[str, ScenarioInfo] = {record.name: record for record in _RECORDS}
+
+
+def describe(name: str) -> ScenarioInfo:
+    """The record of a scenario.
+
+    Raises:
+        ContlearnError: unknown name; the message gives the nearest.
+    """
+    if name not in SCENARIOS:
+        raise unknown_name("scenario", name, SCENARIOS)
+    return SCENARIOS[name]

@@ -1,0 +1,73 @@
+"""A-GEM: gradients that would raise the loss on memory are projected (arXiv 1812.00420)."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.training.plugins import AGEMPlugin as AvalancheAGEMPlugin
+
+from contlearn.errors import ContlearnError
+from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
+from contlearn.strategies.template import SupervisedTemplate
+
+
+class AGEMPlugin(AvalancheAGEMPlugin):
+    """Avalanche's A-GEM plug-in with its memory read in batches of tensors, from a position that can be stored.
+
+    Args:
+        patterns_per_experience: exemplars kept of each experience, chosen at random.
+        sample_size: exemplars per reference gradient, in equal shares from each past experience.
+    """
+
+    def __init__(self, patterns_per_experience: int = 50, sample_size: int = 64) -> None:
+        super().__init__(patterns_per_experience, sample_size)
+        self.samplers: list[CyclingSampler] = []
+
+    # Loaders of the parent that we do not use; samplers are made again from the stored buffers.
+    checkpoint_exclude = ("buffer_dataloader", "buffer_dliter", "reference_gradients", "samplers")
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Make one sampler per past experience."""
+        share = max(1, self.sample_size // max(1, len(self.buffers)))
+        self.samplers = [
+            CyclingSampler(BatchSource(buffer, strategy.device), batch_size=share, generator=strategy.generator)
+            for buffer in self.buffers
+        ]
+
+    @torch.no_grad()
+    def update_memory(self, dataset: AvalancheDataset[Any], num_workers: int = 0, **kwargs: Any) -> None:
+        """Keep ``patterns_per_experience`` random samples of ``dataset``."""
+        indices = list(range(len(dataset)))
+        if len(indices) > self.patterns_per_experience:
+            random.shuffle(indices)
+            dataset = dataset.subset(indices[: self.patterns_per_experience])
+        self.buffers.append(dataset)
+
+    def sample_from_memory(self) -> Batch:
+        """A batch ``[x, y, ..., t]`` with equal shares of each past experience."""
+        return [torch.cat(parts) for parts in zip(*(sampler.next() for sampler in self.samplers), strict=True)]
+
+
+class AGEM(SupervisedTemplate):
+    """Averaged gradient episodic memory.
+
+    Args:
+        patterns_per_experience: exemplars kept of each experience.
+        sample_size: exemplars per reference gradient.
+        kwargs: options of the training loop.
+    """
+
+    def __init__(self, *, patterns_per_experience: int = 50, sample_size: int = 64, **kwargs: Any) -> None:
+        for name, value in (("patterns_per_experience", patterns_per_experience), ("sample_size", sample_size)):
+            if value < 1:
+                raise ContlearnError(f"{name}: expected at least 1, got {value}")
+        super().__init__(**kwargs)
+        self.agem = AGEMPlugin(patterns_per_experience, sample_size)
+        self.plugins.insert(0, self.agem)
+
+    def training_state(self) -> dict[str, Any]:
+        """The loop's state and the positions in memory."""
+        return {**super().training_state(), "memory": self.agem.samplers}

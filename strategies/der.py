@@ -1,0 +1,111 @@
+"""Dark experience replay: exemplars are stored with the logits they had, and matched to them (arXiv 2004.07211)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contlearn.strategies.loader import BatchSource, CyclingSampler
+from contlearn.strategies.memories import LogitMemory
+from contlearn.strategies.template import SupervisedTemplate
+
+
+class DER(SupervisedTemplate):
+    """Dark experience replay, and DER++ with ``beta`` above 0.
+
+    Loss: cross-entropy on current data + ``alpha`` * mean squared error of an exemplar batch's logits to the stored ones +
+    ``beta`` * cross-entropy on the same batch. Like Avalanche's DER and unlike the authors' code: one joint forward pass,
+    one exemplar batch for both terms, and logits stored at the end of an experience in evaluation mode. Avalanche's own
+    class fails once the head grows, since stored rows then differ in length; here the squared error covers the columns
+    that existed when an exemplar was stored.
+
+    Args:
+        memory_size: exemplars in memory, class-balanced.
+        alpha: weight of the squared error.
+        beta: weight of the exemplars' cross-entropy; 0 is DER, above 0 DER++.
+        batch_size_memory: exemplars per iteration; default: as many as samples of the current experience.
+        kwargs: options of the training loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory_size: int = 200,
+        alpha: float = 0.1,
+        beta: float = 0.0,
+        batch_size_memory: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.alpha = alpha
+        self.beta = beta
+        self.batch_size_memory = batch_size_memory or self.train_mb_size
+        self.storage_policy = LogitMemory(memory_size)
+        self.memory: CyclingSampler | None = None
+        self.output_width = 0
+        """Number of outputs the model had in the last training iteration."""
+        self._stored_logits = torch.empty(0)
+
+    checkpoint_exclude = ("memory", "_stored_logits")
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        buffer = self.storage_policy.buffer
+        if len(buffer) >= self.batch_size_memory:
+            self.memory = CyclingSampler(
+                BatchSource(buffer.train(), self.device), batch_size=self.batch_size_memory, generator=self.generator
+            )
+        super()._before_training_exp(**kwargs)
+
+    def _before_forward(self, **kwargs: Any) -> None:
+        super()._before_forward(**kwargs)
+        if self.memory is not None:
+            x, y, task, logits = _with_logits_last(self.memory.next())
+            self.mbatch = [torch.cat(parts) for parts in zip((x, y, task), self.mbatch, strict=True)]
+            self._stored_logits = logits
+
+    def criterion(self) -> Tensor:
+        """The loss above; plain cross-entropy when evaluating or without a memory."""
+        if not self.is_training:
+            return super().criterion()  # type: ignore[no-any-return]
+        self.output_width = self.mb_output.shape[1]
+        if self.memory is None:
+            return super().criterion()  # type: ignore[no-any-return]
+        count = len(self._stored_logits)
+        loss = F.cross_entropy(self.mb_output[count:], self.mb_y[count:])
+        loss = loss + self.alpha * logit_error(self.mb_output[:count], self._stored_logits)
+        if self.beta:
+            loss = loss + self.beta * F.cross_entropy(self.mb_output[:count], self.mb_y[:count])
+        return loss
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        self.memory = None
+        self.storage_policy.post_adapt(self, self.experience)
+        super()._after_training_exp(**kwargs)
+
+    def training_state(self) -> dict[str, Any]:
+        """The loop's state and the position in memory."""
+        return {**super().training_state(), "memory": self.memory}
+
+    def _train_cleanup(self) -> None:
+        super()._train_cleanup()
+        self.memory = None
+
+
+def logit_error(output: Tensor, stored: Tensor) -> Tensor:
+    """Mean squared error over the logits that were stored; columns of ``stored`` ``(batch, <= outputs)`` may be NaN."""
+    output = output[:, : stored.shape[1]]
+    known = stored.isfinite()
+    if bool(known.all()):
+        return F.mse_loss(output, stored)
+    return (output - stored.nan_to_num())[known].pow(2).mean()
+
+
+def _with_logits_last(batch: list[Tensor]) -> list[Tensor]:
+    """``[x, y, task, logits]``: attributes come in the order they were added to the data set."""
+    x, y, *rest = batch
+    task = next(part for part in rest if not part.is_floating_point())
+    logits = next(part for part in rest if part.is_floating_point())
+    return [x, y, task, logits]

@@ -1,0 +1,82 @@
+"""ER-ACE: replay with an asymmetric cross-entropy on incoming data (arXiv 2104.05025)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from avalanche.models import avalanche_forward
+from avalanche.training.regularization import ACECriterion
+from torch import Tensor
+
+from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
+from contlearn.strategies.memories import Policy, storage_policy
+from contlearn.strategies.template import SupervisedTemplate
+
+
+class ERACE(SupervisedTemplate):
+    """Experience replay with asymmetric cross-entropy.
+
+    Incoming samples compete among the classes of their own batch only, exemplars among all; the two losses are averaged.
+    As in Avalanche, the memory takes in an experience before it is trained on, and the two batches pass the network
+    separately.
+
+    Args:
+        memory_size: exemplars in memory.
+        policy: which exemplars are kept.
+        batch_size_memory: exemplars per iteration.
+        kwargs: options of the training loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory_size: int = 200,
+        policy: Policy = "class_balanced",
+        batch_size_memory: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.batch_size_memory = batch_size_memory
+        self.storage_policy = storage_policy(policy, memory_size)
+        self.memory: CyclingSampler | None = None
+        self.ace = ACECriterion()
+        self._exemplars: Batch = []
+        self._exemplar_output = torch.empty(0)
+
+    checkpoint_exclude = ("memory", "_exemplars", "_exemplar_output")
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        self.storage_policy.post_adapt(self, self.experience)
+        buffer = self.storage_policy.buffer
+        if len(buffer) >= self.batch_size_memory and self.clock.train_exp_counter > 0:
+            self.memory = CyclingSampler(
+                BatchSource(buffer.train(), self.device), batch_size=self.batch_size_memory, generator=self.generator
+            )
+        super()._before_training_exp(**kwargs)
+
+    def _before_forward(self, **kwargs: Any) -> None:
+        if self.memory is not None:
+            self._exemplars = self.memory.next()
+        super()._before_forward(**kwargs)
+
+    def forward(self) -> Tensor:
+        """Outputs of the current batch; while training, exemplars pass the network too."""
+        output = super().forward()
+        if self.is_training and self.memory is not None:
+            self._exemplar_output = avalanche_forward(self.model, self._exemplars[0], self._exemplars[-1])
+        return output
+
+    def criterion(self) -> Tensor:
+        """Asymmetric cross-entropy while training with a memory, else the plain criterion."""
+        if not self.is_training or self.memory is None:
+            return super().criterion()  # type: ignore[no-any-return]
+        return self.ace(self.mb_output, self.mb_y, self._exemplar_output, self._exemplars[1])  # type: ignore[no-any-return]
+
+    def training_state(self) -> dict[str, Any]:
+        """The loop's state and the position in memory."""
+        return {**super().training_state(), "memory": self.memory}
+
+    def _train_cleanup(self) -> None:
+        super()._train_cleanup()
+        self.memory, self._exemplars = None, []

@@ -1,0 +1,41 @@
+"""GDumb: fill a class-balanced memory greedily and train from scratch on it alone (ECCV 2020, Prabhu et al.)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avalanche.training.plugins import GDumbPlugin as AvalancheGDumbPlugin
+
+from contlearn.errors import ContlearnError
+from contlearn.strategies.template import SupervisedTemplate
+
+
+class GDumbPlugin(AvalancheGDumbPlugin):
+    """Avalanche's GDumb plug-in, handing its memory over under the training transform.
+
+    Args:
+        memory_size: exemplars in memory, class-balanced.
+    """
+
+    def __init__(self, memory_size: int = 200) -> None:
+        super().__init__(memory_size)
+
+    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Take in the experience and train on the memory alone."""
+        self.storage_policy.post_adapt(strategy, strategy.experience)
+        strategy.adapted_dataset = self.storage_policy.buffer.train()
+
+
+class GDumb(SupervisedTemplate):
+    """Greedy sampler and dumb learner: Avalanche's plug-in on our template.
+
+    Args:
+        memory_size: exemplars in memory, class-balanced.
+        kwargs: options of the training loop.
+    """
+
+    def __init__(self, *, memory_size: int = 200, **kwargs: Any) -> None:
+        if memory_size < 1:
+            raise ContlearnError(f"memory_size: expected at least 1 exemplar, got {memory_size}")
+        super().__init__(**kwargs)
+        self.plugins.insert(0, GDumbPlugin(memory_size))

@@ -1,0 +1,122 @@
+"""iCaRL: herded exemplars, sigmoid distillation, nearest-mean-of-exemplars classification (arXiv 1611.07725)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.benchmarks.utils.utils import concat_datasets
+from avalanche.models import avalanche_forward
+from torch import Tensor, nn
+
+from contlearn.errors import ContlearnError
+from contlearn.strategies.memories import HerdingBuffer, feature_extractor, outputs_of
+from contlearn.strategies.template import SupervisedTemplate
+
+
+class ICaRL(SupervisedTemplate):
+    """Incremental classifier and representation learning.
+
+    Trains on new data and all exemplars together with binary cross-entropy on every output: one-hot targets for new
+    classes, the previous model's sigmoids for old ones (algorithm 3). Exemplars are herded per class on normalised
+    features; evaluation takes the nearest class mean of exemplars (algorithm 1), averaged over each exemplar and its
+    mirror image where ``mirror`` is set, as in the authors' code. ``classifier="head"`` evaluates the network's outputs.
+
+    Ours, because Avalanche 0.6.0's iCaRL reads attributes of the deprecated benchmarks (``n_classes_per_exp``,
+    ``classes_order``), which streams of the new API do not have.
+
+    Args:
+        memory_size: exemplars in all, shared out equally over the classes seen.
+        classifier: ``nme`` (nearest mean of exemplars) or ``head``.
+        mirror: add mirrored exemplars to the class means.
+        kwargs: options of the training loop.
+    """
+
+    checkpoint_exclude = ("_means",)
+
+    def __init__(
+        self,
+        *,
+        memory_size: int = 200,
+        classifier: Literal["nme", "head"] = "nme",
+        mirror: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if memory_size < 1:
+            raise ContlearnError(f"memory_size: expected at least 1 exemplar, got {memory_size}")
+        if classifier not in ("nme", "head"):
+            raise ContlearnError(f"classifier: expected nme or head, got {classifier!r}")
+        super().__init__(**kwargs)
+        feature_extractor(self.model)
+        self.classifier = classifier
+        self.mirror = mirror
+        self.storage_policy = HerdingBuffer(memory_size)
+        self.teacher: nn.Module | None = None
+        self.old_classes: list[int] = []
+        self._means: dict[int, Tensor] | None = None
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """Join the exemplars to the current experience."""
+        assert self.experience is not None
+        data: AvalancheDataset[Any] = self.experience.dataset
+        if self.old_classes:
+            data = concat_datasets([data, self.storage_policy.buffer])
+        self.adapted_dataset = data.train()
+        self._means = None
+
+    def criterion(self) -> Tensor:
+        """Mean binary cross-entropy over samples and outputs (cross-entropy of the outputs when evaluating)."""
+        if not self.is_training:
+            return super().criterion()  # type: ignore[no-any-return]
+        targets = F.one_hot(self.mb_y, self.mb_output.shape[1]).to(self.mb_output.dtype)
+        if self.teacher is not None:
+            with torch.no_grad():
+                old = avalanche_forward(self.teacher, self.mb_x, self.mb_task_id)
+            targets[:, self.old_classes] = old[:, self.old_classes].sigmoid()
+        return F.binary_cross_entropy_with_logits(self.mb_output, targets)
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        assert self.experience is not None
+        self.storage_policy.post_adapt(self, self.experience)
+        self.old_classes = sorted(set(self.old_classes) | set(self.experience.classes_in_this_experience))
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        super()._after_training_exp(**kwargs)
+
+    def forward(self) -> Tensor:
+        """Network outputs; when evaluating with ``nme``, minus the squared distance to each class mean ``(batch, classes)``."""
+        if self.is_training or self.classifier == "head" or not self.old_classes:
+            return super().forward()
+        if self._means is None:
+            self._means = self.class_means()
+        features = F.normalize(feature_extractor(self.model)(self.mb_x).flatten(1), dim=1)
+        labels = torch.tensor(sorted(self._means), device=self.device)
+        means = torch.stack([self._means[label] for label in sorted(self._means)]).to(self.device)
+        scores = features.new_full((len(features), max(int(labels.max()), int(self.mb_y.max())) + 1), -1e4)
+        scores[:, labels] = -torch.cdist(features, means).pow(2)
+        return scores
+
+    def class_means(self) -> dict[int, Tensor]:
+        """The normalised mean ``(d,)`` of the normalised features of each class's exemplars."""
+        means = {}
+        extract = feature_extractor(self.model)
+        for label, group in self.storage_policy.buffer_groups.items():
+            features = F.normalize(outputs_of(extract, group.buffer, device=self.device).flatten(1), dim=1)
+            if self.mirror:
+                mirrored = outputs_of(_Mirrored(self.model), group.buffer, device=self.device)
+                features = torch.cat([features, F.normalize(mirrored.flatten(1), dim=1)])
+            means[int(label)] = F.normalize(features.mean(0), dim=0)
+        return means
+
+
+class _Mirrored(nn.Module):
+    """Features of left-right mirrored images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return feature_extractor(self.model)(images.flip(-1))  # type: ignore[no-any-return]

@@ -1,0 +1,115 @@
+"""The strategies by name: frozen records that point at their classes without importing them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from contlearn.errors import unknown_name
+
+Kind = Literal["class-incremental", "test-time", "transfer", "plug-in"]
+
+
+@dataclass(frozen=True)
+class StrategyInfo:
+    """One strategy.
+
+    Attributes:
+        name: what ``create`` and the command line call it.
+        cls: import string of its class.
+        kind: what it is for.
+        description: one line.
+        paper: arXiv id or venue.
+        implementation: whose code does the method's own work: Avalanche's, or ours and why.
+        composes_with: plug-in families it can be joined with.
+        exportable: whether its training step can be exported to a device.
+        status: ``stable`` once its "must show" figures were seen.
+        defaults: method options that differ from the class's own defaults.
+        source_of_defaults: where the defaults come from.
+    """
+
+    name: str
+    cls: str
+    kind: Kind
+    description: str
+    paper: str
+    implementation: str
+    composes_with: tuple[str, ...] = ("any plug-in",)
+    exportable: bool = False
+    status: str = "stable"
+    defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    source_of_defaults: str = "Avalanche 0.6.0"
+
+    def load(self) -> type:
+        """The strategy's class."""
+        module, attribute = self.cls.split(":")
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def _record(name: str, where: str, description: str, paper: str, implementation: str, **more: Any) -> StrategyInfo:
+    return StrategyInfo(
+        name, f"contlearn.strategies.{where}", "class-incremental", description, paper, implementation, **more
+    )
+
+
+_RECORDS = (
+    _record("naive", "naive:Naive", "Fine-tuning on each experience in turn; the lower bound.", "-", "ours (the template)"),
+    _record("joint", "joint:Joint", "One training on all data at once; the upper bound.", "-", "ours (the template)"),
+    _record("cumulative", "joint:Cumulative", "Training on all data seen so far.", "-", "ours (the template)"),
+    _record(
+        "replay", "replay:Replay", "Rehearsal from a bounded memory (reservoir, balanced, herding).", "arXiv 1902.10486",
+        "Avalanche plug-in and buffers; herding ours (Avalanche re-herds old exemplars)",
+    ),
+    _record(
+        "er_ace", "er_ace:ERACE", "Replay with an asymmetric cross-entropy.", "arXiv 2104.05025",
+        "Avalanche criterion and buffer; loop ours (resumable memory)",
+    ),
+    _record(
+        "der", "der:DER", "Dark experience replay: exemplars matched to the logits they had.", "arXiv 2004.07211",
+        "ours (Avalanche's fails once the head grows)", defaults=MappingProxyType({"beta": 0.0}),
+    ),
+    _record(
+        "derpp", "der:DER", "Dark experience replay with labels (DER++).", "arXiv 2004.07211",
+        "ours (Avalanche's fails once the head grows)", defaults=MappingProxyType({"alpha": 0.1, "beta": 0.5}),
+    ),
+    _record(
+        "lwf", "lwf:LwF", "Distillation from the model after the last experience.", "arXiv 1606.09282",
+        "Avalanche plug-in, teacher in evaluation mode",
+    ),
+    _record(
+        "ewc", "ewc:EWC", "Quadratic penalty weighted by the Fisher diagonal.", "arXiv 1612.00796",
+        "Avalanche plug-in, batched importance pass",
+    ),
+    _record(
+        "si", "si:SI", "Penalty from each weight's share in the fall of the loss.", "arXiv 1703.04200",
+        "ours (Avalanche's does nothing on the CPU)", source_of_defaults="arXiv 1703.04200",
+    ),
+    _record(
+        "agem", "agem:AGEM", "Gradients that would hurt the memory are projected.", "arXiv 1812.00420",
+        "Avalanche plug-in, batched and resumable memory",
+    ),
+    _record(
+        "gdumb", "gdumb:GDumb", "Train from scratch on a greedy class-balanced memory.", "ECCV 2020 (Prabhu et al.)",
+        "Avalanche plug-in",
+    ),
+    _record(
+        "icarl", "icarl:ICaRL", "Herded exemplars, distillation, nearest class mean.", "arXiv 1611.07725",
+        "ours (Avalanche's needs the deprecated benchmarks)", source_of_defaults="arXiv 1611.07725",
+    ),
+)  # fmt: skip
+STRATEGIES: dict[str, StrategyInfo] = {record.name: record for record in _RECORDS}
+assert len(STRATEGIES) == len(_RECORDS), "two strategies share a name"
+
+
+def describe(name: str) -> StrategyInfo:
+    """The record of a strategy.
+
+    Raises:
+        ContlearnError: unknown name; the message gives the nearest.
+    """
+    if name not in STRATEGIES:
+        raise unknown_name("strategy", name, STRATEGIES)
+    return STRATEGIES[name]

@@ -1,0 +1,76 @@
+"""Experience replay: every batch of the current experience is joined by a batch from memory (arXiv 1902.10486)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from avalanche.training.plugins import ReplayPlugin as AvalancheReplayPlugin
+
+from contlearn.strategies.loader import BatchLoader, BatchSource, CyclingSampler, ReplayLoader
+from contlearn.strategies.memories import Policy, storage_policy
+from contlearn.strategies.template import SupervisedTemplate
+
+
+class ReplayPlugin(AvalancheReplayPlugin):
+    """Avalanche's replay plug-in; on our template its batches are gathered as tensors.
+
+    Args:
+        memory_size: exemplars in memory.
+        policy: which exemplars are kept.
+        batch_size_memory: exemplars per iteration; default: as many as samples of the current experience.
+    """
+
+    def __init__(
+        self, memory_size: int = 200, *, policy: Policy = "class_balanced", batch_size_memory: int | None = None
+    ) -> None:
+        super().__init__(
+            mem_size=memory_size,
+            batch_size_mem=batch_size_memory,
+            storage_policy=storage_policy(policy, memory_size),
+        )
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Serve current data and memory side by side, once there is a memory."""
+        if not isinstance(strategy, SupervisedTemplate):
+            super().before_training_exp(strategy, **kwargs)
+            return
+        memory = self.storage_policy.buffer
+        if len(memory) == 0:
+            return
+        assert isinstance(strategy.dataloader, BatchLoader)
+        strategy.dataloader = ReplayLoader(
+            strategy.dataloader,
+            CyclingSampler(
+                BatchSource(memory.train(), strategy.device),
+                batch_size=self.batch_size_mem or strategy.train_mb_size,
+                generator=strategy.generator,
+            ),
+        )
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Take in the experience."""
+        self.storage_policy.post_adapt(strategy, strategy.experience)
+
+
+class Replay(SupervisedTemplate):
+    """Rehearsal from a bounded memory.
+
+    Args:
+        memory_size: exemplars in memory.
+        policy: ``reservoir`` (a uniform sample of everything seen), ``class_balanced`` or ``experience_balanced`` (equal
+            shares), ``herding`` (equal shares per class, chosen nearest to the class mean in feature space).
+        batch_size_memory: exemplars per iteration; default: as many as samples of the current experience.
+        kwargs: options of the training loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory_size: int = 200,
+        policy: Policy = "class_balanced",
+        batch_size_memory: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.replay = ReplayPlugin(memory_size, policy=policy, batch_size_memory=batch_size_memory)
+        self.plugins.insert(0, self.replay)
