@@ -124,6 +124,7 @@ class _Evaluations:
 
     classes: Sequence[frozenset[int]]
     joint: bool
+    experiences: int
     pairs: Mapping[tuple[int, int], Event]
 
     @classmethod
@@ -132,6 +133,8 @@ class _Evaluations:
         found = cls(
             classes=[frozenset(classes) for classes in field(run, "classes_per_experience", list)],
             joint=bool(run.get("joint", False)),
+            # Streams whose test stream is not cut like the training stream say how many rows to expect.
+            experiences=int(run.get("experiences") or len(field(run, "classes_per_experience", list))),
             pairs={(i, j): record for (i, j), record in latest(events, "evaluation", "after", "on").items()},
         )
         for (i, j), record in found.pairs.items():
@@ -145,8 +148,13 @@ class _Evaluations:
         return found
 
     @property
+    def square(self) -> bool:
+        """Whether test experience ``j`` belongs to training experience ``j``."""
+        return not self.joint and self.experiences == self.columns
+
+    @property
     def rows(self) -> int:
-        return 1 if self.joint else len(self.classes)
+        return 1 if self.joint else self.experiences
 
     @property
     def columns(self) -> int:
@@ -180,7 +188,7 @@ class _Evaluations:
         return [[self.accuracy(i, j) for j in range(self.columns)] for i in range(self.reached)]
 
     def seen(self) -> list[float | None]:
-        return [self.pooled(i, range(self.columns if self.joint else i + 1)) for i in range(self.reached)]
+        return [self.pooled(i, range(i + 1 if self.square else self.columns)) for i in range(self.reached)]
 
 
 def _weighted_forgetting(run: _Evaluations, field_name: str) -> float | None:

@@ -75,6 +75,7 @@ class Recorder(SupervisedPlugin):
         classes: list[list[int]],
         class_names: list[str],
         joint: bool,
+        experiences: int,
         resumed_at: int | None,
         seen: list[set[int]],
     ) -> None:
@@ -94,6 +95,7 @@ class Recorder(SupervisedPlugin):
             class_names=class_names,
             environment=environment(),
             joint=joint,
+            experiences=experiences,
         )
 
     # ------------------------------------------------------------------ training

@@ -247,6 +247,7 @@ class _Session:
             self.strategy.generator.manual_seed(self.seed)
         position = self._restore() if resume else None
         done = position.experiences_done if position is not None else 0
+        boundaries = [index for index, experience in enumerate(self.train_stream) if _is_last_piece(experience)]
         self.recorder.begin(
             strategy=str(self.config["strategy"]["name"]),
             scenario=str(self.config["scenario"]["name"]),
@@ -254,10 +255,10 @@ class _Session:
             classes=[sorted(_classes(experience)) for experience in self.test_stream],
             class_names=list(getattr(self.stream, "class_names", ())),
             joint=self.joint,
+            experiences=len(boundaries),
             resumed_at=done if position is not None else None,
             seen=[_classes(experience) for experience in self.train_stream[:done]],
         )
-        boundaries = [index for index, experience in enumerate(self.train_stream) if _is_last_piece(experience)]
         self.progress.start(1 if self.joint else len(boundaries), int(self.strategy.train_epochs))
         if position is None:
             self._evaluate_untrained()
