@@ -78,8 +78,12 @@ def _run(arguments: list[str]) -> int:
         add_help=False,
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; without one, defaults and overrides")
-    parser.add_argument("--out", help="run folder (default: runs/ and the name of CONFIG); an earlier run is kept aside")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, or start without one")
+    parser.add_argument(
+        "--out", help="run folder (default: runs/ and the name of CONFIG); an earlier run is kept aside"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the folder's checkpoint, or start without one"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress display and no summary")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     options, rest = parser.parse_known_args(arguments)
@@ -96,8 +100,10 @@ def _run(arguments: list[str]) -> int:
     if stray is not None and rest[0] == stray:
         raise ContlearnError(f"run: unexpected argument {stray!r}; expected options such as --strategy.lr=0.1")
     resolved = configuration.resolve(content, rest)
-    folder = Path(options.out) if options.out else Path("runs") / (Path(options.config).stem if options.config else "run")
-    _quiet_libraries()
+    folder = (
+        Path(options.out) if options.out else Path("runs") / (Path(options.config).stem if options.config else "run")
+    )
+    quiet_libraries()
     strategy, stream = configuration.build(resolved)
     from contlearn.running import run
 
@@ -123,12 +129,12 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
-def _quiet_libraries() -> None:
-    """Third parties' deprecation notices are not the user's business."""
+def quiet_libraries() -> None:
+    """Keep third parties' deprecation notices from the user, whose business they are not."""
     import warnings
 
     for category in (DeprecationWarning, FutureWarning, UserWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(avalanche|torch|timm|torchvision)\b.*")
+        warnings.filterwarnings("ignore", category=category, module=r"(avalanche|torch|timm|torchvision|qpsolvers)\b.*")
 
 
 # ---------------------------------------------------------------------- list

@@ -28,6 +28,7 @@ SECTIONS = ("scenario", "model", "strategy")
 DEFAULT_NAMES = {"scenario": "class_incremental", "model": "mlp", "strategy": "naive"}
 RUN_OPTIONS = (
     Option("seed", int, 0, "Seeds the weights and every random source of training."),
+    Option("threads", int | None, None, "Compute threads; small networks run faster on 1. Default: PyTorch's choice."),
     Option("loggers", list[Literal["tensorboard", "csv"]], [], "Logs beside the run's own records, in its folder."),
 )
 TOP_LEVEL = (*SECTIONS, *(option.name for option in RUN_OPTIONS), "description")
@@ -94,9 +95,7 @@ def resolve(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
                 extra[key.removeprefix("--model.")] = yaml.safe_load(value)
                 free.remove(argument)
     parsed = _parse(parser, given, free, options)
-    resolved = {
-        section: {"name": names[section], **(parsed.get(section) or {})} for section in SECTIONS
-    }
+    resolved = {section: {"name": names[section], **(parsed.get(section) or {})} for section in SECTIONS}
     resolved["model"].update(extra)
     return {**resolved, **{option.name: parsed[option.name] for option in RUN_OPTIONS}}
 
@@ -139,6 +138,12 @@ def build(resolved: dict[str, Any]) -> tuple[Any, Any]:
     from contlearn import models, scenarios, strategies
     from contlearn.state import seed_everything
 
+    if resolved["threads"] is not None:
+        if resolved["threads"] < 1:
+            raise ContlearnError(f"threads: expected at least 1, got {resolved['threads']}")
+        import torch
+
+        torch.set_num_threads(resolved["threads"])
     seed_everything(resolved["seed"])
     stream = scenarios.create(**resolved["scenario"])
     model_spec = dict(resolved["model"])
@@ -208,7 +213,9 @@ def _unknown_key(key: str, valid: Sequence[str], where: str, prefix: str = "") -
     return ContlearnError(f"{where}: unknown key {prefix + key!r}{hint} (expected one of: {listing})")
 
 
-def _explained(message: str, types: dict[str, Option], given: dict[str, Any], overrides: Sequence[str]) -> ContlearnError:
+def _explained(
+    message: str, types: dict[str, Option], given: dict[str, Any], overrides: Sequence[str]
+) -> ContlearnError:
     """The parser's complaint in one line of ours: key, value, what was expected."""
     match = re.search(r'[Pp]arser key "([^"]+)"', message)
     key = match.group(1) if match else None

@@ -10,7 +10,7 @@ from avalanche.benchmarks.utils.flat_data import FlatData
 
 
 def flatten(data: Any) -> tuple[list[Any], np.ndarray, np.ndarray]:
-    """The leaves of a tree of Avalanche ``FlatData``, and for each element its leaf ``(n,)`` and place in it ``(n,)``."""
+    """The leaves of a tree of Avalanche ``FlatData``, and for each element its leaf and place in it, both ``(n,)``."""
     if not isinstance(data, FlatData):
         size = len(data)
         return [data], np.zeros(size, dtype=np.int64), np.arange(size, dtype=np.int64)

@@ -33,7 +33,7 @@ def options_of(*sources: Callable[..., Any]) -> list[Option]:
     found: dict[str, Option] = {}
     for source in sources:
         documented = arguments(inspect.getdoc(source) or "")
-        function = source.__init__ if isinstance(source, type) else source
+        function: Any = vars(source)["__init__"] if isinstance(source, type) else source
         function = inspect.unwrap(function)
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or name in found or name == "self":
@@ -57,7 +57,7 @@ def plain_type(annotation: Any, function: Callable[..., Any]) -> Any:
                 members.append(_evaluate(text, function))
             except NameError:
                 continue
-        annotation = Union[tuple(members)] if members else None
+        annotation = Union[tuple(members)] if members else None  # noqa: UP007 (built from a list)
     if annotation is None:
         return None
     if typing.get_origin(annotation) in (Union, types.UnionType):
@@ -65,7 +65,7 @@ def plain_type(annotation: Any, function: Callable[..., Any]) -> Any:
         kept = [_listed(member) for member in kept]
         if not [member for member in kept if member is not type(None)]:
             return None
-        return Union[tuple(kept)]
+        return Union[tuple(kept)]  # noqa: UP007 (built from a list)
     return _listed(annotation) if _is_plain(annotation) else None
 
 
@@ -131,7 +131,10 @@ def scenario_options(name: str) -> list[Option]:
     from contlearn.scenarios.registry import describe
     from contlearn.scenarios.source import load_source
 
-    return [Option("dataset", str, "digits", _dataset_help()), *_without(options_of(describe(name).load(), load_source), "dataset")]
+    return [
+        Option("dataset", str, "digits", _dataset_help()),
+        *_without(options_of(describe(name).load(), load_source), "dataset"),
+    ]
 
 
 def _dataset_help() -> str:
@@ -162,7 +165,9 @@ def strategy_options(name: str) -> list[Option]:
     from contlearn.strategies.registry import describe
 
     info = describe(name)
-    classes = [cls for cls in info.load().__mro__ if cls.__module__.startswith("contlearn.") and "__init__" in vars(cls)]
+    classes = [
+        cls for cls in info.load().__mro__ if cls.__module__.startswith("contlearn.") and "__init__" in vars(cls)
+    ]
     found = options_of(*classes)
     return [Option(o.name, o.type, info.defaults.get(o.name, o.default), o.help) for o in found]
 

@@ -44,6 +44,7 @@ class Recorder(SupervisedPlugin):
         self._clock = {"experience": 0.0, "epoch": 0.0, "train": 0.0}
         self._samples = self._iterations = 0
         self._epochs = 1
+        self._diverged = False
 
     # ------------------------------------------------------------------ records
 
@@ -130,6 +131,10 @@ class Recorder(SupervisedPlugin):
         """Record the epoch."""
         losses = getattr(strategy, "epoch_losses", None)
         loss = losses[-1] if losses else None
+        if loss is not None and not math.isfinite(loss) and not self._diverged:
+            self._diverged = True
+            where = f"experience {self.row + 1}, epoch {int(strategy.clock.train_exp_epochs) + 1}"
+            self.progress.message(f"the loss is {loss} in {where}: training has diverged (a smaller lr may help)")
         epoch = int(strategy.clock.train_exp_epochs)
         self.append(
             "epoch",
@@ -178,7 +183,9 @@ class Recorder(SupervisedPlugin):
     def evaluated(self, seconds: float) -> None:
         """Evaluation of this row is over: record every pair."""
         for on, size in enumerate(self._sizes):
-            counts = self._counts.get(on, {"n": size, "correct": 0, "correct_local": 0, "correct_upto": 0, "loss": math.nan})
+            counts = self._counts.get(
+                on, {"n": size, "correct": 0, "correct_local": 0, "correct_upto": 0, "loss": math.nan}
+            )
             loss = counts["loss"] / counts["n"] if counts["n"] else math.nan
             self.append(
                 "evaluation",

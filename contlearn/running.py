@@ -277,15 +277,28 @@ class _Session:
         position = self.checkpoints.position() if self.checkpoints is not None else None
         if position is None or self.checkpoints is None:
             return None
-        self.checkpoints.load_boundary(self.strategy, self.train_stream)
+        with self._recorder_apart():
+            self.checkpoints.load_boundary(self.strategy, self.train_stream)
         if position.inside:
-            checkpoints, strategy = self.checkpoints, self.strategy
-            strategy.resume_from = lambda: checkpoints.load_inside(strategy)
+            self.strategy.resume_from = self._restore_inside
         return position
 
-    def _experience(
-        self, index: int, done: int, experiences: list[Any], *, row: int, inside: Position | None
-    ) -> None:
+    def _restore_inside(self) -> None:
+        assert self.checkpoints is not None
+        with self._recorder_apart():
+            self.checkpoints.load_inside(self.strategy)
+
+    @contextlib.contextmanager
+    def _recorder_apart(self) -> Iterator[None]:
+        """The strategy's plug-ins without our recorder: those a checkpoint describes."""
+        plugins = self.strategy.plugins
+        self.strategy.plugins = [plugin for plugin in plugins if plugin is not self.recorder]
+        try:
+            yield
+        finally:
+            self.strategy.plugins = plugins
+
+    def _experience(self, index: int, done: int, experiences: list[Any], *, row: int, inside: Position | None) -> None:
         """Train on one experience (or all, jointly), evaluate, store."""
         boundary = self.joint or _is_last_piece(experiences[-1])
         self.recorder.start_experience(row, experiences, first=index == 0 or _is_first_piece(experiences[0]))
@@ -329,15 +342,12 @@ class _Session:
     def _store(self, done: int, *, inside: bool = False) -> None:
         if self.checkpoints is None:
             return
-        plugins = self.strategy.plugins
-        self.strategy.plugins = [plugin for plugin in plugins if plugin is not self.recorder]
         try:
-            self.checkpoints.save(self.strategy, done, inside=inside)
+            with self._recorder_apart():
+                self.checkpoints.save(self.strategy, done, inside=inside)
         except Unstorable as error:
             self.progress.message(f"this run cannot be resumed: {error}")
             self.checkpoints = None
-        finally:
-            self.strategy.plugins = plugins
 
     def _stop(self) -> None:
         self.recorder.append("interrupted", signal=int(self.stopped_by or signal.SIGINT))

@@ -32,13 +32,48 @@ from contlearn.flatdata import leaf_ids
 TRUSTED_PACKAGES = ("avalanche.", "contlearn.")
 # Attributes of a template that live for one batch or one experience, or that the constructor alone decides.
 TRANSIENT = frozenset(
-    "spec plugins model optimizer optimized_param_id experience is_training mbatch mb_output loss dataloader adapted_dataset "
-    "evaluator current_eval_stream device interrupt resume_from _hooks _eval_streams _criterion _distributed_check "
-    "_stop_training epoch_losses _loss_sum scheduler train_epochs train_mb_size eval_mb_size eval_every".split()
+    [
+        "spec",
+        "plugins",
+        "model",
+        "optimizer",
+        "optimized_param_id",
+        "experience",
+        "is_training",
+        "mbatch",
+        "mb_output",
+        "loss",
+        "dataloader",
+        "adapted_dataset",
+        "evaluator",
+        "current_eval_stream",
+        "device",
+        "interrupt",
+        "resume_from",
+        "_hooks",
+        "_eval_streams",
+        "_criterion",
+        "_distributed_check",
+        "_stop_training",
+        "epoch_losses",
+        "_loss_sum",
+        "scheduler",
+        "train_epochs",
+        "train_mb_size",
+        "eval_mb_size",
+        "eval_every",
+    ]
 )
 KEPT = {"$kept": True}
 _PLAIN = (bool, int, float, str)
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, type, types.ModuleType)
+_FUNCTIONS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    functools.partial,
+    type,
+    types.ModuleType,
+)
 
 
 class Unstorable(ContlearnError):
@@ -155,9 +190,9 @@ class Encoder:
             return {"$same": self._seen[id(value)]}
         number = self._seen[id(value)] = len(self._seen)
         self._alive.append(value)  # an id is only unique while its object lives
-        return {"$id": number, **self._composite(value, path)}
+        return {"$id": number, **self._composite(value, path, top=top)}
 
-    def _composite(self, value: Any, path: str) -> dict[str, Any]:
+    def _composite(self, value: Any, path: str, *, top: bool) -> dict[str, Any]:
         if isinstance(value, dict):
             pairs = [[self.value(k, f"{path}.key"), self.value(v, f"{path}.{k}")] for k, v in value.items()]
             return {"$dict": pairs}
@@ -172,7 +207,8 @@ class Encoder:
             return {"$module": self._module(value, path)}
         if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
             return {"$stateful": self.value(value.state_dict(), path)}
-        if not _trusted(type(value)):
+        # A plug-in is there again when the run resumes, whoever wrote it; anything below may have to be re-created.
+        if not hasattr(value, "__dict__") or not (top or _trusted(type(value))):
             raise Unstorable(f"{path}: a {type(value).__module__}.{type(value).__qualname__} has no stored form")
         state = {k: v for k, v in vars(value).items() if k not in _excluded(value)}
         return {
@@ -349,7 +385,7 @@ class Decoder:
                 kind = getattr(kind, part, None)
             if not isinstance(kind, type) or not _trusted(kind):
                 raise ContlearnError(f"checkpoint: cannot re-create an object of class {stored['$object']}")
-            current = kind.__new__(kind)
+            current = object.__new__(kind)
         self._made[number] = current
         for key, item in stored["state"].items():
             vars(current)[key] = self.value(item, vars(current).get(key))
@@ -367,7 +403,7 @@ class Decoder:
         return type(dataset)([dataset], data_attributes=attributes) if attributes else dataset
 
     def _standalone_module(self, stored: dict[str, Any], current: Any) -> nn.Module:
-        """A module beside the model: a teacher, an initial copy. It is a copy of the model until its weights are put in."""
+        """A module beside the model (a teacher, an initial copy): a copy of the model until its weights are put in."""
         module = current if isinstance(current, nn.Module) else copy.deepcopy(self.strategy.model)
         self._load_module(module, stored)
         return module
@@ -422,9 +458,9 @@ class Decoder:
                 key: value.to(weight.device) if isinstance(value, Tensor) and value.dim() else value
                 for key, value in held.items()
             }
-        if getattr(strategy, "optimized_param_id", None) is None and hasattr(strategy, "optimized_param_id"):
-            strategy.optimized_param_id = named
-        elif hasattr(strategy, "optimized_param_id"):
+        if (
+            getattr(strategy, "optimized_param_id", None) is None and hasattr(strategy, "optimized_param_id")
+        ) or hasattr(strategy, "optimized_param_id"):
             strategy.optimized_param_id = named
 
 
@@ -434,7 +470,13 @@ def rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "python": _listed(random.getstate()),
     }
 

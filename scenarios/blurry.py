@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from contlearn.errors import ContlearnError
-from contlearn.scenarios.source import load_source, relabel
+from contlearn.scenarios.source import load_source, order_of_appearance, relabel
 from contlearn.scenarios.stream import ImageTensors, Scenario, classification_dataset, experiences_of, recorded
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def blurry(
         dataset: a data set's name, ``folder:PATH`` for your own images, or an ``ImageData``.
         n_experiences: number of experiences; each is home to at least one class.
         disjoint_ratio: share of classes that appear in one experience only (0..1).
-        blurry_ratio: share of a blurry class's samples that leak into other experiences (0..1).
+        blurry_ratio: share of a blurry class's samples that leak into other experiences (0..1); one sample always
+            stays.
         stochastic: random group sizes (Si-blurry) instead of even ones (i-Blurry).
         seed: seeds every random choice.
         data_options: options of the data set.
@@ -57,7 +59,7 @@ def blurry(
     generator = torch.Generator().manual_seed(seed)
     home, disjoint = _homes(n_classes, n_experiences, disjoint_ratio, stochastic, generator)
     parts = _parts(source.data.train_targets, home, disjoint, n_experiences, blurry_ratio, stochastic, generator)
-    order = _order_of_appearance(source.data.train_targets, home, parts)
+    order = order_of_appearance(source.data.train_targets, parts, home=home)
 
     train_labels, test_labels = relabel(source.data.train_targets, order), relabel(source.data.test_targets, order)
     test_home = home[source.data.test_targets]
@@ -89,7 +91,7 @@ def _group_sizes(total: int, groups: int, stochastic: bool, generator: torch.Gen
     if stochastic:
         cuts = torch.randint(0, total + 1, (groups - 1,), generator=generator).sort().values.tolist()
         edges = [0, *cuts, total]
-        return [after - before for before, after in zip(edges, edges[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(edges)]
     return [total * (index + 1) // groups - total * index // groups for index in range(groups)]
 
 
@@ -129,18 +131,10 @@ def _parts(
     for label in torch.nonzero(~disjoint).squeeze(1).tolist():
         positions = torch.nonzero(targets == label).squeeze(1)
         positions = positions[torch.randperm(len(positions), generator=generator)]
-        leaking.append(positions[: round(len(positions) * blurry_ratio)])
+        # One sample stays at home: an experience left without any could not be trained on.
+        leaking.append(positions[: min(round(len(positions) * blurry_ratio), len(positions) - 1)])
     pool = torch.cat(leaking) if leaking else torch.empty(0, dtype=torch.int64)
     pool = pool[torch.randperm(len(pool), generator=generator)]
     sizes = _group_sizes(len(pool), n_experiences, stochastic, generator)
     experience[pool] = torch.repeat_interleave(torch.arange(n_experiences), torch.tensor(sizes))
     return [torch.nonzero(experience == index).squeeze(1) for index in range(n_experiences)]
-
-
-def _order_of_appearance(targets: Tensor, home: Tensor, parts: list[Tensor]) -> list[int]:
-    """Classes in order of their first experience; within one, those at home there come first."""
-    order: list[int] = []
-    for index, positions in enumerate(parts):
-        new = [c for c in targets[positions].unique().tolist() if c not in order]
-        order += sorted(new, key=lambda c: (int(home[c]) != index, c))
-    return order

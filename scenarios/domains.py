@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from contlearn.errors import ContlearnError
-from contlearn.scenarios.source import Source, load_source
+from contlearn.scenarios.source import Source, load_source, order_of_appearance, relabel
 from contlearn.scenarios.stream import ImageTensors, Scenario, classification_dataset, experiences_of, recorded
 
 if TYPE_CHECKING:
@@ -123,10 +124,11 @@ def _sessions(source: Source) -> Scenario:
 def _indexed(source: Source, train: list[Tensor], test: list[Tensor]) -> Scenario:
     """Experiences that index one shared copy of the images."""
     data = source.data
+    order = order_of_appearance(data.train_targets, train)
     streams = []
     for images, targets, parts, transform in (
-        (data.train_images, data.train_targets, train, source.train_transform),
-        (data.test_images, data.test_targets, test, source.test_transform),
+        (data.train_images, relabel(data.train_targets, order), train, source.train_transform),
+        (data.test_images, relabel(data.test_targets, order), test, source.test_transform),
     ):
         base = classification_dataset(
             ImageTensors(images, targets),
@@ -135,7 +137,7 @@ def _indexed(source: Source, train: list[Tensor], test: list[Tensor]) -> Scenari
             evaluation=source.test_transform,
         )
         streams.append(experiences_of(base, parts, targets=targets, tasks=[0] * len(parts)))
-    return _named(source, streams)
+    return _named(source, streams, order)
 
 
 def _scenario(
@@ -158,15 +160,15 @@ def _scenario(
         ]
         parts = [torch.arange(len(labels)) for labels in targets]
         streams.append(experiences_of(bases, parts, targets=targets, tasks=[0] * len(parts)))
-    return _named(source, streams)
+    return _named(source, streams, range(source.data.n_classes))
 
 
-def _named(source: Source, streams: list[Any]) -> Scenario:
+def _named(source: Source, streams: list[Any], order: Sequence[int]) -> Scenario:
     return Scenario(
         streams[0],
         streams[1],
         kind="domain_incremental",
         input_shape=source.data.input_shape,
-        class_names=source.data.class_names,
-        original_classes=range(source.data.n_classes),
+        class_names=[source.data.class_names[c] for c in order],
+        original_classes=order,
     )

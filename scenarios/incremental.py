@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from contlearn.scenarios.source import ClassOrder, Source, class_order as ordered, load_source, relabel, split_classes
+from contlearn.scenarios.source import ClassOrder, Source, load_source, relabel, split_classes
+from contlearn.scenarios.source import class_order as ordered
 from contlearn.scenarios.stream import ImageTensors, Scenario, classification_dataset, experiences_of, recorded
 
 if TYPE_CHECKING:

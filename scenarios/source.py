@@ -43,10 +43,13 @@ def load_source(
     """Load a data set and make its transforms.
 
     Args:
-        dataset: a data set's name (``contlearn list datasets``), ``folder:PATH`` for your own images, or an ``ImageData``.
-        seed: seeds the train/test split of data sets that have none of their own, and every random choice of the scenario.
+        dataset: a data set's name (``contlearn list datasets``), ``folder:PATH`` for your own images, or an
+            ``ImageData``.
+        seed: seeds the train/test split of data sets that have none of their own, and every random choice of the
+            scenario.
         augment: augmentation of training batches, drawn per image.
-        transform: a torchvision v2 transform for training images (uint8, one image at a time), after ``augment``; Python only.
+        transform: a torchvision v2 transform for training images (uint8, one image at a time), after ``augment``;
+            Python only.
         normalise: subtract the data set's mean and divide by its standard deviation, where it has them.
         image_size: side in pixels to resize images to; default: the data set's own.
         test_share: share of each class that goes to the test set, where the data set has no split of its own.
@@ -77,11 +80,11 @@ def class_order(order: ClassOrder | Sequence[int], n_classes: int, generator: to
     Raises:
         ContlearnError: an explicit order that is not a permutation of ``0..n_classes-1``.
     """
-    if order == "natural":
-        return list(range(n_classes))
-    if order == "random":
-        return torch.randperm(n_classes, generator=generator).tolist()
     if isinstance(order, str):
+        if order == "natural":
+            return list(range(n_classes))
+        if order == "random":
+            return torch.randperm(n_classes, generator=generator).tolist()
         raise ContlearnError(f"class_order: expected natural, random or a list of class indices, got {order!r}")
     given = [int(c) for c in order]
     if sorted(given) != list(range(n_classes)):
@@ -109,10 +112,11 @@ def split_classes(n_classes: int, n_experiences: int, initial_classes: int | Non
         base, extra = divmod(n_classes, n_experiences)
         return [base + (index < extra) for index in range(n_experiences)]
     rest = n_classes - initial_classes
-    if initial_classes < 1 or rest < n_experiences - 1 or (n_experiences == 1 and rest):
+    least, most = (1 if n_experiences > 1 else n_classes), n_classes - n_experiences + 1
+    if not least <= initial_classes <= most:
         raise ContlearnError(
-            f"initial_classes: expected 1..{n_classes - n_experiences + 1} with {n_experiences} experiences over "
-            f"{n_classes} classes, got {initial_classes}"
+            f"initial_classes: expected {least}..{most} with {n_experiences} experiences over {n_classes} classes, "
+            f"got {initial_classes}"
         )
     return [initial_classes, *(split_classes(rest, n_experiences - 1) if n_experiences > 1 else [])]
 
@@ -122,3 +126,21 @@ def relabel(targets: Tensor, order: Sequence[int]) -> Tensor:
     table = torch.empty(len(order), dtype=torch.int64)
     table[torch.tensor(order)] = torch.arange(len(order))
     return table[targets]
+
+
+def order_of_appearance(targets: Tensor, parts: Sequence[Tensor], *, home: Tensor | None = None) -> list[int]:
+    """Classes in order of the first experience that holds one of their samples.
+
+    Args:
+        targets: class of each sample ``(n,)``.
+        parts: per experience, positions of its samples.
+        home: home experience of each class ``(n_classes,)``: within an experience, classes at home there come first.
+
+    Returns:
+        Every class that occurs, once; within an experience by class index.
+    """
+    order: list[int] = []
+    for index, positions in enumerate(parts):
+        new = [c for c in targets[positions].unique().tolist() if c not in order]
+        order += sorted(new, key=lambda c: home is not None and int(home[c]) != index)
+    return order

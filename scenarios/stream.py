@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec
 
@@ -14,12 +15,15 @@ from avalanche.benchmarks.utils.classification_dataset import TaskAwareSupervise
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from contlearn.errors import unknown_name
+from contlearn.scenarios.source import load_source
+
 Transform = Callable[[Tensor], Tensor]
 P = ParamSpec("P")
 
 
 class ImageTensors(Dataset[tuple[Tensor, int]]):
-    """Images ``(n, channels, height, width)`` uint8 and labels ``(n,)`` int64: the leaf every data set of a stream ends in.
+    """The leaf every data set of a stream ends in: uint8 images ``(n, channels, height, width)``, int64 labels.
 
     Indexing gives one raw image and its label, so that any PyTorch loader works; batched loaders gather from
     ``images`` and ``targets`` directly.
@@ -37,7 +41,7 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
 
 
 class LabelList(list[int]):
-    """A list of labels that keeps its tensor form beside it: Avalanche wants sequences, batched loaders want tensors."""
+    """Labels as the list Avalanche wants, with the tensor that batched loaders want beside it."""
 
     def __init__(self, values: Tensor) -> None:
         super().__init__(values.tolist())
@@ -99,7 +103,9 @@ class Scenario(CLScenario[EagerCLStream[DatasetExperience]]):
         return [sorted(experience.classes_in_this_experience) for experience in self.streams["test"]]
 
 
-def _annotate(experiences: Iterable[DatasetExperience], *, classes: Sequence[set[int]], tasks: Sequence[list[int]]) -> None:
+def _annotate(
+    experiences: Iterable[DatasetExperience], *, classes: Sequence[set[int]], tasks: Sequence[list[int]]
+) -> None:
     """Give experiences Avalanche's class timeline and task labels."""
     every: set[int] = set().union(*classes)
     seen: set[int] = set()
@@ -173,11 +179,18 @@ def split_online(
 
 
 def recorded(function: Callable[P, Scenario]) -> Callable[P, Scenario]:
-    """Decorate a scenario function: the stream keeps the name and the resolved options it was made with in ``spec``."""
+    """Decorate a scenario function: the stream keeps the name and the resolved options it was made with in ``spec``.
+
+    The function it makes raises ``ContlearnError`` for an option that neither the scenario nor the data set has.
+    """
     signature = inspect.signature(function)
+    known = {*signature.parameters, *inspect.signature(load_source).parameters} - {"data_options"}
 
     @functools.wraps(function)
     def scenario(*args: P.args, **kwargs: P.kwargs) -> Scenario:
+        for option in kwargs:
+            if option not in known:
+                raise unknown_name(f"option of scenario {function.__name__!r}", option, known)
         stream = function(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -193,6 +206,10 @@ def _plain(value: Any) -> Any:
     """An option as YAML can hold it; objects given in Python are recorded by name."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # a tensor, an array, or one of their numbers
+        return value.tolist()
     if isinstance(value, Sequence):
         return [_plain(item) for item in value]
     return getattr(value, "name", None) or getattr(value, "__name__", None) or type(value).__name__

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from contlearn.strategies.template import SupervisedTemplate
 
+# Options that no configuration file can give.
+_PYTHON_ONLY = ("criterion", "plugins", "evaluator")
+
 __all__ = ["StrategyInfo", "create", "describe", "list", "parameters"]
 
 
@@ -33,7 +36,7 @@ def parameters(name: str) -> dict[str, inspect.Parameter]:
     for cls in describe(name).load().__mro__:
         if "__init__" not in vars(cls):
             continue
-        found = inspect.signature(cls.__init__).parameters
+        found = inspect.signature(vars(cls)["__init__"]).parameters
         options.update({k: v for k, v in found.items() if v.kind is v.KEYWORD_ONLY and k not in options})
         if not any(p.kind is p.VAR_KEYWORD for p in found.values()):
             break
@@ -58,11 +61,16 @@ def create(name: str, model: nn.Module, **options: Any) -> SupervisedTemplate:
         if option not in known:
             close = nearest(option, known)
             hint = f"; did you mean {close!r}?" if close else ""
-            raise ContlearnError(f"strategy {name!r} has no option {option!r}{hint} (expected one of: {', '.join(known)})")
+            raise ContlearnError(
+                f"strategy {name!r} has no option {option!r}{hint} (expected one of: {', '.join(known)})"
+            )
     resolved = {**info.defaults, **options}
     strategy: SupervisedTemplate = info.load()(model=model, **resolved)
-    defaults = {key: parameter.default for key, parameter in known.items()}
-    strategy.spec = {"name": name, **{k: _plain(v) for k, v in {**defaults, **resolved}.items() if _storable(v)}}
+    given = {**{key: parameter.default for key, parameter in known.items()}, **resolved}
+    strategy.spec = {
+        "name": name,
+        **{key: _plain(value) for key, value in given.items() if key not in _PYTHON_ONLY and _storable(value)},
+    }
     return strategy
 
 

@@ -9,8 +9,8 @@ import torch
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.training.plugins import AGEMPlugin as AvalancheAGEMPlugin
 
-from contlearn.errors import ContlearnError
 from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
+from contlearn.strategies.memories import require_positive
 from contlearn.strategies.template import SupervisedTemplate
 
 
@@ -20,10 +20,16 @@ class AGEMPlugin(AvalancheAGEMPlugin):
     Args:
         patterns_per_experience: exemplars kept of each experience, chosen at random.
         sample_size: exemplars per reference gradient, in equal shares from each past experience.
+        partial_batches: serve the memory in whole passes, as Avalanche does: the last sample of a pass is then smaller
+            (2 of 50 exemplars at a share of 16). The paper draws a full random sample at every step.
     """
 
-    def __init__(self, patterns_per_experience: int = 50, sample_size: int = 64) -> None:
+    def __init__(
+        self, patterns_per_experience: int = 50, sample_size: int = 64, *, partial_batches: bool = False
+    ) -> None:
+        require_positive(patterns_per_experience=patterns_per_experience, sample_size=sample_size)
         super().__init__(patterns_per_experience, sample_size)
+        self.partial_batches = partial_batches
         self.samplers: list[CyclingSampler] = []
 
     # Loaders of the parent that we do not use; samplers are made again from the stored buffers.
@@ -33,7 +39,12 @@ class AGEMPlugin(AvalancheAGEMPlugin):
         """Make one sampler per past experience."""
         share = max(1, self.sample_size // max(1, len(self.buffers)))
         self.samplers = [
-            CyclingSampler(BatchSource(buffer, strategy.device), batch_size=share, generator=strategy.generator)
+            CyclingSampler(
+                BatchSource(buffer, strategy.device),
+                batch_size=share,
+                generator=getattr(strategy, "generator", None),  # Avalanche's own templates have none
+                partial=self.partial_batches,
+            )
             for buffer in self.buffers
         ]
 
@@ -57,15 +68,20 @@ class AGEM(SupervisedTemplate):
     Args:
         patterns_per_experience: exemplars kept of each experience.
         sample_size: exemplars per reference gradient.
+        partial_batches: serve the memory in whole passes with a smaller last sample, as Avalanche does.
         kwargs: options of the training loop.
     """
 
-    def __init__(self, *, patterns_per_experience: int = 50, sample_size: int = 64, **kwargs: Any) -> None:
-        for name, value in (("patterns_per_experience", patterns_per_experience), ("sample_size", sample_size)):
-            if value < 1:
-                raise ContlearnError(f"{name}: expected at least 1, got {value}")
+    def __init__(
+        self,
+        *,
+        patterns_per_experience: int = 50,
+        sample_size: int = 64,
+        partial_batches: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.agem = AGEMPlugin(patterns_per_experience, sample_size)
+        self.agem = AGEMPlugin(patterns_per_experience, sample_size, partial_batches=partial_batches)
         self.plugins.insert(0, self.agem)
 
     def training_state(self) -> dict[str, Any]:

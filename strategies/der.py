@@ -9,24 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contlearn.strategies.loader import BatchSource, CyclingSampler
-from contlearn.strategies.memories import LogitMemory
+from contlearn.strategies.memories import LogitMemory, require_positive
 from contlearn.strategies.template import SupervisedTemplate
 
 
 class DER(SupervisedTemplate):
     """Dark experience replay, and DER++ with ``beta`` above 0.
 
-    Loss: cross-entropy on current data + ``alpha`` * mean squared error of an exemplar batch's logits to the stored ones +
-    ``beta`` * cross-entropy on the same batch. Like Avalanche's DER and unlike the authors' code: one joint forward pass,
-    one exemplar batch for both terms, and logits stored at the end of an experience in evaluation mode. Avalanche's own
-    class fails once the head grows, since stored rows then differ in length; here the squared error covers the columns
-    that existed when an exemplar was stored.
+    Loss: cross-entropy on current data + ``alpha`` * mean squared error of an exemplar batch's logits to the stored
+    ones + ``beta`` * cross-entropy on the same batch. Like Avalanche's DER and unlike the authors' code: one joint
+    forward pass, one exemplar batch for both terms, and logits stored at the end of an experience in evaluation mode.
+    Avalanche's own class fails once the head grows, since stored rows then differ in length; here the squared error
+    covers the columns that existed when an exemplar was stored.
 
     Args:
         memory_size: exemplars in memory, class-balanced.
         alpha: weight of the squared error.
         beta: weight of the exemplars' cross-entropy; 0 is DER, above 0 DER++.
-        batch_size_memory: exemplars per iteration; default: as many as samples of the current experience.
+        batch_size_memory: exemplars per iteration, fewer while the memory holds fewer; default: as many as samples of
+            the current experience.
         kwargs: options of the training loop.
     """
 
@@ -39,6 +40,7 @@ class DER(SupervisedTemplate):
         batch_size_memory: int | None = None,
         **kwargs: Any,
     ) -> None:
+        require_positive(memory_size=memory_size, batch_size_memory=batch_size_memory)
         super().__init__(**kwargs)
         self.alpha = alpha
         self.beta = beta
@@ -53,7 +55,7 @@ class DER(SupervisedTemplate):
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         buffer = self.storage_policy.buffer
-        if len(buffer) >= self.batch_size_memory:
+        if len(buffer):  # Avalanche would leave a memory that is smaller than one batch unused
             self.memory = CyclingSampler(
                 BatchSource(buffer.train(), self.device), batch_size=self.batch_size_memory, generator=self.generator
             )

@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from avalanche.models import avalanche_forward
-from avalanche.training.regularization import ACECriterion
 from torch import Tensor
 
 from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
-from contlearn.strategies.memories import Policy, storage_policy
+from contlearn.strategies.memories import Policy, require_positive, storage_policy
 from contlearn.strategies.template import SupervisedTemplate
 
 
 class ERACE(SupervisedTemplate):
     """Experience replay with asymmetric cross-entropy.
 
-    Incoming samples compete among the classes of their own batch only, exemplars among all; the two losses are averaged.
-    As in Avalanche, the memory takes in an experience before it is trained on, and the two batches pass the network
-    separately.
+    Incoming samples compete among the classes of their own batch only, exemplars among all; the two losses are
+    averaged. As in Avalanche, the memory takes in an experience before it is trained on, and the two batches pass the
+    network separately.
 
     Args:
         memory_size: exemplars in memory.
         policy: which exemplars are kept.
-        batch_size_memory: exemplars per iteration.
+        batch_size_memory: exemplars per iteration, fewer while the memory holds fewer.
         kwargs: options of the training loop.
     """
 
@@ -36,11 +36,11 @@ class ERACE(SupervisedTemplate):
         batch_size_memory: int = 10,
         **kwargs: Any,
     ) -> None:
+        require_positive(batch_size_memory=batch_size_memory)
         super().__init__(**kwargs)
         self.batch_size_memory = batch_size_memory
         self.storage_policy = storage_policy(policy, memory_size)
         self.memory: CyclingSampler | None = None
-        self.ace = ACECriterion()
         self._exemplars: Batch = []
         self._exemplar_output = torch.empty(0)
 
@@ -49,7 +49,7 @@ class ERACE(SupervisedTemplate):
     def _before_training_exp(self, **kwargs: Any) -> None:
         self.storage_policy.post_adapt(self, self.experience)
         buffer = self.storage_policy.buffer
-        if len(buffer) >= self.batch_size_memory and self.clock.train_exp_counter > 0:
+        if len(buffer) and self.clock.train_exp_counter > 0:
             self.memory = CyclingSampler(
                 BatchSource(buffer.train(), self.device), batch_size=self.batch_size_memory, generator=self.generator
             )
@@ -71,7 +71,7 @@ class ERACE(SupervisedTemplate):
         """Asymmetric cross-entropy while training with a memory, else the plain criterion."""
         if not self.is_training or self.memory is None:
             return super().criterion()  # type: ignore[no-any-return]
-        return self.ace(self.mb_output, self.mb_y, self._exemplar_output, self._exemplars[1])  # type: ignore[no-any-return]
+        return asymmetric_cross_entropy(self.mb_output, self.mb_y, self._exemplar_output, self._exemplars[1])
 
     def training_state(self) -> dict[str, Any]:
         """The loop's state and the position in memory."""
@@ -80,3 +80,16 @@ class ERACE(SupervisedTemplate):
     def _train_cleanup(self) -> None:
         super()._train_cleanup()
         self.memory, self._exemplars = None, []
+
+
+def asymmetric_cross_entropy(
+    output: Tensor, target: Tensor, exemplar_output: Tensor, exemplar_target: Tensor
+) -> Tensor:
+    """Mean of two cross-entropies: of incoming data among the classes in its batch, of exemplars among all.
+
+    The formula of Avalanche's ``ACECriterion``, but without its logarithm of a softmax, which gives NaN once a
+    probability underflows.
+    """
+    present, position = torch.unique(target, return_inverse=True)
+    incoming = F.cross_entropy(output[:, present], position)
+    return (incoming + F.cross_entropy(exemplar_output, exemplar_target)) / 2

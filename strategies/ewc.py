@@ -21,7 +21,14 @@ class EWCPlugin(AvalancheEWCPlugin):
     """
 
     def compute_importances(
-        self, model: Any, criterion: Any, optimizer: Any, dataset: Any, device: Any, batch_size: int, num_workers: int = 0
+        self,
+        model: Any,
+        criterion: Any,
+        optimizer: Any,
+        dataset: Any,
+        device: Any,
+        batch_size: int,
+        num_workers: int = 0,
     ) -> dict[str, ParamData]:
         """Mean squared batch gradient per parameter, by name."""
         model.eval()
@@ -63,4 +70,3 @@ class EWC(SupervisedTemplate):
         super().__init__(**kwargs)
         plugin = EWCPlugin(ewc_lambda, mode=mode, decay_factor=decay_factor if mode == "online" else None)
         self.plugins.insert(0, plugin)
-

@@ -13,7 +13,7 @@ from avalanche.models import avalanche_forward
 from torch import Tensor, nn
 
 from contlearn.errors import ContlearnError
-from contlearn.strategies.memories import HerdingBuffer, feature_extractor, outputs_of
+from contlearn.strategies.memories import HerdingBuffer, feature_extractor, outputs_of, require_positive
 from contlearn.strategies.template import SupervisedTemplate
 
 
@@ -23,7 +23,8 @@ class ICaRL(SupervisedTemplate):
     Trains on new data and all exemplars together with binary cross-entropy on every output: one-hot targets for new
     classes, the previous model's sigmoids for old ones (algorithm 3). Exemplars are herded per class on normalised
     features; evaluation takes the nearest class mean of exemplars (algorithm 1), averaged over each exemplar and its
-    mirror image where ``mirror`` is set, as in the authors' code. ``classifier="head"`` evaluates the network's outputs.
+    mirror image where ``mirror`` is set, as in the authors' code. ``classifier="head"`` evaluates the network's
+    outputs.
 
     Ours, because Avalanche 0.6.0's iCaRL reads attributes of the deprecated benchmarks (``n_classes_per_exp``,
     ``classes_order``), which streams of the new API do not have.
@@ -45,8 +46,7 @@ class ICaRL(SupervisedTemplate):
         mirror: bool = False,
         **kwargs: Any,
     ) -> None:
-        if memory_size < 1:
-            raise ContlearnError(f"memory_size: expected at least 1 exemplar, got {memory_size}")
+        require_positive(memory_size=memory_size)
         if classifier not in ("nme", "head"):
             raise ContlearnError(f"classifier: expected nme or head, got {classifier!r}")
         super().__init__(**kwargs)
@@ -65,7 +65,10 @@ class ICaRL(SupervisedTemplate):
         if self.old_classes:
             data = concat_datasets([data, self.storage_policy.buffer])
         self.adapted_dataset = data.train()
-        self._means = None
+
+    def _before_eval(self, **kwargs: Any) -> None:
+        self._means = None  # those of the model as it is now are wanted
+        super()._before_eval(**kwargs)
 
     def criterion(self) -> Tensor:
         """Mean binary cross-entropy over samples and outputs (cross-entropy of the outputs when evaluating)."""
@@ -86,7 +89,7 @@ class ICaRL(SupervisedTemplate):
         super()._after_training_exp(**kwargs)
 
     def forward(self) -> Tensor:
-        """Network outputs; when evaluating with ``nme``, minus the squared distance to each class mean ``(batch, classes)``."""
+        """Network outputs ``(batch, classes)``; with ``nme``, minus squared distances to class means."""
         if self.is_training or self.classifier == "head" or not self.old_classes:
             return super().forward()
         if self._means is None:
@@ -99,10 +102,12 @@ class ICaRL(SupervisedTemplate):
         return scores
 
     def class_means(self) -> dict[int, Tensor]:
-        """The normalised mean ``(d,)`` of the normalised features of each class's exemplars."""
+        """The normalised mean ``(d,)`` of the normalised features of each class's exemplars, where it has any."""
         means = {}
         extract = feature_extractor(self.model)
         for label, group in self.storage_policy.buffer_groups.items():
+            if not len(group.buffer):  # more classes than the memory has room for
+                continue
             features = F.normalize(outputs_of(extract, group.buffer, device=self.device).flatten(1), dim=1)
             if self.mirror:
                 mirrored = outputs_of(_Mirrored(self.model), group.buffer, device=self.device)

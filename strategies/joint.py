@@ -28,6 +28,12 @@ class Joint(SupervisedTemplate):
         """Use the union of all experiences."""
         self.adapted_dataset = concat_datasets([experience.dataset for experience in self._all]).train()
 
+    def check_model_and_optimizer(self, **kwargs: Any) -> None:
+        """Grow the model, from the first experience on: in an online stream the last is no task boundary."""
+        last, self.experience = self.experience, self._all[0]
+        super().check_model_and_optimizer(**kwargs)
+        self.experience = last
+
     def model_adaptation(self, model: Any = None) -> Any:
         """Grow the head for the classes of every experience."""
         if not self.is_training:

@@ -18,11 +18,14 @@ from avalanche.benchmarks.utils.flat_data import ConstantSequence, FlatData
 from torch import Tensor
 
 from contlearn.flatdata import flatten, leaf_ids
+from contlearn.scenarios.stream import ImageTensors
 
 Batch = list[Tensor]
 
 # Raw bytes gathered at once: large enough to amortise the gather of small images, small enough to stay in cache.
 CHUNK_BYTES = 1 << 20
+# Samples that sit in several tensors (a memory of many domains) are copied into one up to this size.
+COMPACT_BYTES = 64 << 20
 
 
 def column(attribute: Any) -> Tensor | list[Any]:
@@ -54,25 +57,29 @@ def _as_tensor(leaf: Any) -> Tensor | None:
     if all(isinstance(value, Tensor) for value in values):
         return torch.stack(values) if values and len({value.shape for value in values}) == 1 else None
     try:
-        return torch.tensor([int(value) for value in values])
+        return torch.tensor(values)
     except (TypeError, ValueError):
         return None
 
 
-def _transforms(data: FlatData[Any]) -> list[Any] | None:
-    """The transforms every element of ``data`` passes through, in order; ``None`` when they differ or are per sample."""
+def _transforms(data: FlatData[Any], group: str | None = None) -> list[Any] | None:
+    """The transforms all of ``data`` passes through, in order; ``None`` when they differ or are per sample.
+
+    As in Avalanche, the group of the outermost data set holds for everything it is made of.
+    """
+    if group is None:
+        group = getattr(getattr(data, "_transform_groups", None), "current_group", "train")
     below: list[list[Any] | None] = []
     for child in data._datasets:
-        below.append(_transforms(child) if isinstance(child, FlatData) else [])
+        below.append(_transforms(child, group) if isinstance(child, FlatData) else [])
     if any(chain is None for chain in below):
         return None
     chains = [chain for chain in below if chain is not None]
     if any([id(step) for step in chain] != [id(step) for step in chains[0]] for chain in chains[1:]):
         return None
     chain = list(chains[0]) if chains else []
-    group = getattr(getattr(data, "_transform_groups", None), "current_group", "train")
     for groups in (getattr(data, "_frozen_transform_groups", None), getattr(data, "_transform_groups", None)):
-        transform = groups.transform_groups.get(group) if groups is not None else None
+        transform = groups[group] if groups is not None else None
         if transform is None:
             continue
         steps = getattr(transform, "transforms", None)
@@ -90,6 +97,37 @@ class _Fast:
     leaf_of: Tensor
     place_of: Tensor
     chain: list[Any]
+
+
+@dataclass
+class _Copied:
+    """Samples of several leaves, copied into one."""
+
+    images: Tensor
+    targets: Tensor
+
+
+def _compacted(fast: _Fast) -> _Fast:
+    """The same samples from a copy of their own: a memory of many domains is then still one gather a batch."""
+    everything = torch.arange(len(fast.place_of))
+    images, targets = _gather(fast, everything)
+    return _Fast([_Copied(images, targets)], torch.zeros_like(everything), everything, fast.chain)
+
+
+def _gather(fast: _Fast, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and targets at ``positions`` from leaves of any number."""
+    place = fast.place_of[positions]
+    if len(fast.leaves) == 1:
+        return fast.leaves[0].images[place], fast.leaves[0].targets[place]
+    owner = fast.leaf_of[positions]
+    first = fast.leaves[0]
+    images = first.images.new_empty((len(positions), *first.images.shape[1:]))
+    targets = first.targets.new_empty(len(positions))
+    for number, leaf in enumerate(fast.leaves):
+        mine = torch.nonzero(owner == number).squeeze(1)
+        images[mine] = leaf.images[place[mine]]
+        targets[mine] = leaf.targets[place[mine]]
+    return images, targets
 
 
 class BatchSource:
@@ -111,13 +149,18 @@ class BatchSource:
     @staticmethod
     def _resolve(dataset: AvalancheDataset[Any]) -> _Fast | None:
         leaves, leaf_of, place_of = leaf_ids(dataset)
-        if not leaves or not all(hasattr(leaf, "images") and hasattr(leaf, "targets") for leaf in leaves):
+        # Other data sets may have ``images`` too, and do something to them when indexed.
+        if not leaves or not all(isinstance(leaf, ImageTensors) for leaf in leaves):
             return None
         chain = _transforms(dataset._flat_data)
-        shapes = {leaf.images.shape[1:] for leaf in leaves}
-        if chain is None or len(shapes) > 1:
+        kinds = {(leaf.images.shape[1:], leaf.images.dtype) for leaf in leaves}
+        if chain is None or len(kinds) > 1:
             return None
-        return _Fast(leaves, torch.from_numpy(leaf_of), torch.from_numpy(place_of), chain)
+        fast = _Fast(leaves, torch.from_numpy(leaf_of), torch.from_numpy(place_of), chain)
+        first = leaves[0].images
+        if len(leaves) > 1 and len(leaf_of) * first[0].numel() * first.element_size() <= COMPACT_BYTES:
+            return _compacted(fast)
+        return fast
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -140,18 +183,7 @@ class BatchSource:
         fast = self._fast
         if fast is None:
             return _collate([self.dataset[int(position)] for position in positions])
-        place = fast.place_of[positions]
-        if len(fast.leaves) == 1:
-            images, targets = fast.leaves[0].images[place], fast.leaves[0].targets[place]
-        else:
-            owner = fast.leaf_of[positions]
-            first = fast.leaves[0]
-            images = first.images.new_empty((len(positions), *first.images.shape[1:]))
-            targets = first.targets.new_empty(len(positions))
-            for number, leaf in enumerate(fast.leaves):
-                mine = torch.nonzero(owner == number).squeeze(1)
-                images[mine] = leaf.images[place[mine]]
-                targets[mine] = leaf.targets[place[mine]]
+        images, targets = _gather(fast, positions)
         extra = [
             values[positions] if isinstance(values, Tensor) else _collate_column([values[int(p)] for p in positions])
             for values in self._columns
@@ -200,7 +232,7 @@ class BatchLoader:
         batch_size: samples per batch.
         shuffle: draw a new order for every pass.
         drop_last: leave out a last batch that is smaller.
-        generator: source of the order; required to shuffle.
+        generator: source of the order; default: torch's global one.
     """
 
     def __init__(
@@ -265,23 +297,27 @@ class CyclingSampler:
     Args:
         source: the memory.
         batch_size: samples per batch; a smaller memory gives smaller batches.
-        generator: source of the order.
+        generator: source of the order; default: torch's global one.
+        partial: serve what is left at the end of a pass as a smaller batch instead of dropping it.
     """
 
-    def __init__(self, source: BatchSource, *, batch_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, source: BatchSource, *, batch_size: int, generator: torch.Generator | None = None, partial: bool = False
+    ) -> None:
         self.source = source
         self.batch_size = min(batch_size, len(source))
         self.generator = generator
+        self.partial = partial
         self._order = torch.empty(0, dtype=torch.int64)
         self._next = 0
 
     def next(self) -> Batch:
-        """The next batch ``[x, y, ..., t]``; never shorter than ``batch_size``."""
+        """The next batch ``[x, y, ..., t]``."""
         return self.source.batch(self.next_positions())
 
     def next_positions(self) -> Tensor:
-        """Positions ``(batch_size,)`` of the next batch; a pass ends when fewer are left (they are not reused)."""
-        if self._next + self.batch_size > len(self._order):
+        """Positions ``(batch_size,)`` of the next batch."""
+        if self._next + (1 if self.partial else self.batch_size) > len(self._order):
             self._order = torch.randperm(len(self.source), generator=self.generator)
             self._next = 0
         positions = self._order[self._next : self._next + self.batch_size]

@@ -6,14 +6,15 @@ from typing import Any
 
 from avalanche.training.plugins import LwFPlugin as AvalancheLwFPlugin
 
+from contlearn.errors import ContlearnError
 from contlearn.strategies.template import SupervisedTemplate
 
 
 class LwFPlugin(AvalancheLwFPlugin):
     """Avalanche's LwF plug-in with its teacher in evaluation mode.
 
-    Avalanche leaves the copied model in training mode: its dropout then adds noise to the targets, and the statistics of
-    its BatchNorm layers drift with every batch. ``teacher_in_train_mode`` gives that reading back.
+    Avalanche leaves the copied model in training mode: its dropout then adds noise to the targets, and the statistics
+    of its BatchNorm layers drift with every batch. ``teacher_in_train_mode`` gives that reading back.
 
     Args:
         alpha: weight of the distillation loss; a list gives one per experience.
@@ -24,6 +25,8 @@ class LwFPlugin(AvalancheLwFPlugin):
     def __init__(
         self, alpha: float | list[float] = 1.0, temperature: float = 2.0, *, teacher_in_train_mode: bool = False
     ) -> None:
+        if not temperature > 0:
+            raise ContlearnError(f"temperature: expected more than 0, got {temperature}")
         super().__init__(alpha, temperature)
         self.teacher_in_train_mode = teacher_in_train_mode
 

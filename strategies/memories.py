@@ -22,6 +22,17 @@ from contlearn.strategies.loader import BatchLoader, BatchSource
 Policy = Literal["reservoir", "class_balanced", "experience_balanced", "herding"]
 
 
+def require_positive(**options: int | None) -> None:
+    """Check that options are at least 1 where they are given.
+
+    Raises:
+        ContlearnError: one that is not.
+    """
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise ContlearnError(f"{name}: expected at least 1, got {value}")
+
+
 def storage_policy(name: Policy, memory_size: int) -> ExemplarsBuffer:
     """An Avalanche storage policy by name.
 
@@ -33,8 +44,7 @@ def storage_policy(name: Policy, memory_size: int) -> ExemplarsBuffer:
     Raises:
         ContlearnError: unknown name, or no room for one exemplar.
     """
-    if memory_size < 1:
-        raise ContlearnError(f"memory_size: expected at least 1 exemplar, got {memory_size}")
+    require_positive(memory_size=memory_size)
     if name == "reservoir":
         return ReservoirSamplingBuffer(memory_size)
     if name == "class_balanced":
@@ -43,15 +53,11 @@ def storage_policy(name: Policy, memory_size: int) -> ExemplarsBuffer:
         return ExperienceBalancedBuffer(memory_size)
     if name == "herding":
         return HerdingBuffer(memory_size)
-    raise ContlearnError(
-        f"policy: expected reservoir, class_balanced, experience_balanced or herding, got {name!r}"
-    )
+    raise ContlearnError(f"policy: expected reservoir, class_balanced, experience_balanced or herding, got {name!r}")
 
 
 @torch.no_grad()
-def outputs_of(
-    module: Any, dataset: AvalancheDataset[Any], *, device: torch.device, batch_size: int = 512
-) -> Tensor:
+def outputs_of(module: Any, dataset: AvalancheDataset[Any], *, device: torch.device, batch_size: int = 512) -> Tensor:
     """``module`` applied to every sample of ``dataset`` under its evaluation transform: ``(n, ...)`` on the CPU.
 
     The module runs in evaluation mode and is left in the mode it was in.
@@ -98,11 +104,13 @@ def herd(features: Tensor, count: int) -> list[int]:
 class _RankedExemplars(ExemplarsBuffer):
     """Exemplars of one class in order of importance; making room drops the last."""
 
+    _buffer: AvalancheDataset[Any]
+
     def resize(self, strategy: Any, new_size: int) -> None:
         """Keep the first ``new_size``."""
         self.max_size = new_size
-        if len(self.buffer) > new_size:
-            self.buffer = self.buffer.subset(list(range(new_size)))
+        if len(self._buffer) > new_size:
+            self._buffer = self._buffer.subset(list(range(new_size)))
 
 
 class HerdingBuffer(BalancedExemplarsBuffer[_RankedExemplars]):
@@ -114,7 +122,7 @@ class HerdingBuffer(BalancedExemplarsBuffer[_RankedExemplars]):
     """
 
     def post_adapt(self, agent: Any, exp: Any) -> None:
-        """Take in the classes of the experience; a class that returns is herded anew from its exemplars and the new data."""
+        """Take in the experience; a class that returns is herded anew from its exemplars and the new data."""
         data = exp.dataset
         rows = by_class(data)
         share = dict(
@@ -154,7 +162,7 @@ def feature_extractor(model: nn.Module) -> Any:
     features = getattr(model, "features", None)
     if not callable(features):
         raise ContlearnError(
-            f"model: expected one with a features(x) method (all of contlearn.models have it), got {type(model).__name__}"
+            f"model: expected one with a features(x) method (as all of contlearn.models), got {type(model).__name__}"
         )
     return features
 
@@ -171,3 +179,7 @@ class LogitMemory(ClassBalancedBuffer):
         logits = outputs_of(agent.model, data, device=agent.device)[:, : agent.output_width]
         stored = DataAttribute([row.clone() for row in logits], "logits", use_in_getitem=True)
         self.update_from_dataset(type(data)([data], data_attributes=[stored]), agent)
+        for group in self.buffer_groups.values():
+            # A subset refers to the rows of all it was cut from; only those of the exemplars are to stay in memory.
+            kept = DataAttribute(list(group.buffer._data_attributes["logits"]), "logits", use_in_getitem=True)
+            group.buffer = type(data)([group.buffer], data_attributes=[kept])

@@ -56,16 +56,16 @@ def _record(name: str, where: str, description: str, paper: str, implementation:
 
 
 _RECORDS = (
-    _record("naive", "naive:Naive", "Fine-tuning on each experience in turn; the lower bound.", "-", "ours (the template)"),
+    _record("naive", "naive:Naive", "Fine-tuning on each experience; the lower bound.", "-", "ours (the template)"),
     _record("joint", "joint:Joint", "One training on all data at once; the upper bound.", "-", "ours (the template)"),
     _record("cumulative", "joint:Cumulative", "Training on all data seen so far.", "-", "ours (the template)"),
     _record(
-        "replay", "replay:Replay", "Rehearsal from a bounded memory (reservoir, balanced, herding).", "arXiv 1902.10486",
+        "replay", "replay:Replay", "Rehearsal from a memory (reservoir, balanced, herding).", "arXiv 1902.10486",
         "Avalanche plug-in and buffers; herding ours (Avalanche re-herds old exemplars)",
     ),
     _record(
         "er_ace", "er_ace:ERACE", "Replay with an asymmetric cross-entropy.", "arXiv 2104.05025",
-        "Avalanche criterion and buffer; loop ours (resumable memory)",
+        "Avalanche buffer; loop (resumable memory) and criterion (no NaN) ours",
     ),
     _record(
         "der", "der:DER", "Dark experience replay: exemplars matched to the logits they had.", "arXiv 2004.07211",
@@ -85,7 +85,7 @@ _RECORDS = (
     ),
     _record(
         "si", "si:SI", "Penalty from each weight's share in the fall of the loss.", "arXiv 1703.04200",
-        "ours (Avalanche's does nothing on the CPU)", source_of_defaults="arXiv 1703.04200",
+        "ours (Avalanche's does nothing on the CPU)", source_of_defaults="arXiv 1703.04200; cap of arXiv 1806.08568",
     ),
     _record(
         "agem", "agem:AGEM", "Gradients that would hurt the memory are projected.", "arXiv 1812.00420",

@@ -7,7 +7,7 @@ from typing import Any
 from avalanche.training.plugins import ReplayPlugin as AvalancheReplayPlugin
 
 from contlearn.strategies.loader import BatchLoader, BatchSource, CyclingSampler, ReplayLoader
-from contlearn.strategies.memories import Policy, storage_policy
+from contlearn.strategies.memories import Policy, require_positive, storage_policy
 from contlearn.strategies.template import SupervisedTemplate
 
 
@@ -23,6 +23,7 @@ class ReplayPlugin(AvalancheReplayPlugin):
     def __init__(
         self, memory_size: int = 200, *, policy: Policy = "class_balanced", batch_size_memory: int | None = None
     ) -> None:
+        require_positive(batch_size_memory=batch_size_memory)
         super().__init__(
             mem_size=memory_size,
             batch_size_mem=batch_size_memory,
@@ -57,8 +58,8 @@ class Replay(SupervisedTemplate):
 
     Args:
         memory_size: exemplars in memory.
-        policy: ``reservoir`` (a uniform sample of everything seen), ``class_balanced`` or ``experience_balanced`` (equal
-            shares), ``herding`` (equal shares per class, chosen nearest to the class mean in feature space).
+        policy: ``reservoir`` (a uniform sample of everything seen), ``class_balanced`` or ``experience_balanced``
+            (equal shares), ``herding`` (equal shares per class, chosen nearest to the class mean in feature space).
         batch_size_memory: exemplars per iteration; default: as many as samples of the current experience.
         kwargs: options of the training loop.
     """

@@ -33,9 +33,11 @@ def factor(
     if name not in ("constant", "linear", "cosine", "multistep"):
         raise ContlearnError(f"lr_schedule: expected constant, linear, cosine or multistep, got {name!r}")
     if warmup_epochs and warmup_epochs >= epochs:
-        raise ContlearnError(f"warmup_epochs: expected fewer than the {epochs} epochs of an experience, got {warmup_epochs}")
+        raise ContlearnError(
+            f"warmup_epochs: expected fewer than the {epochs} epochs of an experience, got {warmup_epochs}"
+        )
     steps = [int(m) for m in milestones]
-    if name == "multistep" and (not steps or any(b <= a for a, b in zip(steps, steps[1:], strict=False))):
+    if name == "multistep" and (not steps or steps != sorted(set(steps))):
         raise ContlearnError(f"milestones: lr_schedule multistep needs epochs in increasing order, got {steps}")
 
     def multiplier(epoch: int) -> float:

@@ -8,6 +8,7 @@ import torch
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
+from contlearn.errors import ContlearnError
 from contlearn.strategies.template import SupervisedTemplate
 
 
@@ -18,9 +19,10 @@ class SIPlugin(SupervisedPlugin):
     importance grows by omega / (total change squared + damping), clipped below at 0, and the loss of later experiences
     gets ``si_lambda / 2 * sum(importance * (theta - theta_end)^2)``.
 
-    Ours, because Avalanche 0.6.0's version does nothing on the CPU: it stores the weights before a step as a view of the
-    parameter itself, so every step it sees is zero. (It also caps the importance at 0.001, as the Caffe code of
-    arXiv 1806.08568 does; ``max_importance=0.001`` gives that back.)
+    Ours, because Avalanche 0.6.0's version does nothing on the CPU: it stores the weights before a step as a view of
+    the parameter itself, so every step it sees is zero. Its cap of the importance, 0.001 as in the Caffe code of
+    arXiv 1806.08568, stays the default: the path integral of noisy gradients overestimates, and without a cap plain SGD
+    at common learning rates diverges. ``max_importance=None`` is the published method.
 
     Args:
         si_lambda: weight of the penalty.
@@ -28,8 +30,10 @@ class SIPlugin(SupervisedPlugin):
         max_importance: cap of the importance of a parameter; ``None`` for none.
     """
 
-    def __init__(self, si_lambda: float = 1.0, *, damping: float = 1e-3, max_importance: float | None = None) -> None:
+    def __init__(self, si_lambda: float = 1.0, *, damping: float = 1e-3, max_importance: float | None = 1e-3) -> None:
         super().__init__()
+        if not damping > 0:
+            raise ContlearnError(f"damping: expected more than 0, got {damping}")
         self.si_lambda = si_lambda
         self.damping = damping
         self.max_importance = max_importance
@@ -45,12 +49,14 @@ class SIPlugin(SupervisedPlugin):
         self._path = {name: torch.zeros_like(weight) for name, weight in self._start.items()}
         for held in (self.importance, self.anchor):
             for name, value in held.items():
-                held[name] = _padded(value, self._start[name])
+                if name in self._start:  # not what was frozen since
+                    held[name] = _padded(value, self._start[name])
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the penalty."""
         if not self.importance:
             return
+        # Equation 4: the quadratic pull towards the anchor.
         penalty = sum(
             (self.importance[name] * (parameter - self.anchor[name]).pow(2)).sum()
             for name, parameter in _trainable(strategy.model)
@@ -64,10 +70,14 @@ class SIPlugin(SupervisedPlugin):
 
     @torch.no_grad()
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
-        """Add -gradient * step to each parameter's path integral (equation 3)."""
+        """Add -gradient * step to each parameter's path integral (equation 3), the gradient being the task's."""
         for name, parameter in _trainable(strategy.model):
-            if parameter.grad is not None:
-                self._path[name] -= parameter.grad * (parameter.detach() - self._before[name])
+            if parameter.grad is None:
+                continue
+            gradient, before = parameter.grad, self._before[name]
+            if name in self.importance:  # take the penalty's own gradient out again
+                gradient = gradient - self.si_lambda * self.importance[name] * (before - self.anchor[name])
+            self._path[name] -= gradient * (parameter.detach() - before)
 
     @torch.no_grad()
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
@@ -103,12 +113,12 @@ class SI(SupervisedTemplate):
     Args:
         si_lambda: weight of the penalty.
         damping: xi of equation 5.
-        max_importance: cap of the importance of a parameter; ``null`` for none (Avalanche: 0.001).
+        max_importance: cap of the importance of a parameter; ``null`` for none, as published.
         kwargs: options of the training loop.
     """
 
     def __init__(
-        self, *, si_lambda: float = 1.0, damping: float = 1e-3, max_importance: float | None = None, **kwargs: Any
+        self, *, si_lambda: float = 1.0, damping: float = 1e-3, max_importance: float | None = 1e-3, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.plugins.insert(0, SIPlugin(si_lambda, damping=damping, max_importance=max_importance))

@@ -22,13 +22,13 @@ from torch.optim import Optimizer
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies import schedule
-from contlearn.strategies.loader import Batch, BatchLoader, BatchSource
+from contlearn.strategies.loader import BatchLoader, BatchSource
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 _NO_OPS = (BasePlugin, BaseSGDPlugin, SupervisedPlugin)
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop
+class Interrupted(Exception):
     """Raised between two iterations after ``SupervisedTemplate.interrupt`` was set."""
 
 
@@ -99,6 +99,10 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         ContlearnError: a value out of range, or an unknown optimizer, schedule or device.
     """
 
+    experience: Any
+    dataloader: Any
+    _stop_training: bool
+
     def __init__(
         self,
         *,
@@ -160,6 +164,7 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         self.scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self.amp = amp if placed.type == "cuda" else "none"
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp == "fp16")
+        self._stop_training = False
         self.interrupt = False
         """Set (from a signal handler, say) to stop after the current iteration by raising :class:`Interrupted`."""
         self.resume_from: Callable[[], None] | None = None
@@ -187,16 +192,21 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
 
     # ------------------------------------------------------------------ data
 
-    def loader(self, dataset: AvalancheDataset[Any], *, batch_size: int, shuffle: bool) -> BatchLoader:
+    def loader(
+        self, dataset: AvalancheDataset[Any], *, batch_size: int, shuffle: bool, drop_last: bool = False
+    ) -> BatchLoader:
         """Batches of ``dataset`` on this strategy's device, in an order drawn from its generator."""
+        source = BatchSource(dataset, self.device)
         return BatchLoader(
-            BatchSource(dataset, self.device), batch_size=batch_size, shuffle=shuffle, generator=self.generator
+            source, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, generator=self.generator
         )
 
-    def make_train_dataloader(self, shuffle: bool = True, **kwargs: Any) -> None:
-        """Serve ``self.adapted_dataset`` in shuffled mini-batches."""
+    def make_train_dataloader(self, shuffle: bool = True, drop_last: bool = False, **kwargs: Any) -> None:
+        """Serve ``self.adapted_dataset`` in mini-batches; the options are those of ``train(..., shuffle=False)``."""
         assert self.adapted_dataset is not None
-        self.dataloader = self.loader(self.adapted_dataset, batch_size=self.train_mb_size, shuffle=shuffle)
+        self.dataloader = self.loader(
+            self.adapted_dataset, batch_size=self.train_mb_size, shuffle=shuffle, drop_last=drop_last
+        )
 
     def make_eval_dataloader(self, **kwargs: Any) -> None:
         """Serve ``self.adapted_dataset`` in order."""
@@ -302,7 +312,7 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
                 raise Interrupted
 
     def eval_epoch(self, **kwargs: Any) -> None:
-        """One pass over ``self.dataloader`` without gradients; the loss is NaN for classes the model has no output for."""
+        """One pass over ``self.dataloader`` without gradients; NaN is the loss of classes without an output."""
         for self.mbatch in self.dataloader:
             self._unpack_minibatch()
             self._before_eval_iteration(**kwargs)
