@@ -28,7 +28,7 @@ ECOTTA_PARTITIONS: Mapping[str, Mapping[int, tuple[int, ...]]] = MappingProxyTyp
     }
 )
 """Residual blocks per partition, by backbone and number of partitions K (Table 13). The paper's ResNet-50 is left out:
-the only published channel lists of its meta parts give 535 MB where the paper reports about 296."""
+the only public channel lists of its meta parts give 535 MB where the paper is said to report about 296."""
 
 
 def ecotta(
@@ -37,7 +37,7 @@ def ecotta(
     """EcoTTA's training memory: only the meta parts train. ``stored`` is the paper's column, in MB of 10^6 bytes.
 
     Batch 64, 3x32x32 images, K = 4 / 5: WRN-40-2 79.6 / 92.3 MB (the paper prints 80 / 92), WRN-28-10 404.9 / 471.6
-    (404 / 471); the released profiler itself returns ``profiler_peak``, 81.6 / 94.4 and 415.1 / 481.7.
+    (404 / 471). TinyTL's profiler, run on these networks, returns ``profiler_peak``: 81.6 / 94.4 and 415.1 / 481.7.
 
     What a process needs is another matter: the rules leave out what back-propagation through the frozen blocks stores,
     the functional ReLUs of the meta parts, gradients and momentum.
@@ -54,7 +54,7 @@ def ecotta(
     """
     backbone, head = _network(model, n_classes)
     partitions = ECOTTA_PARTITIONS[model]
-    if isinstance(k, bool) or k not in partitions:
+    if not isinstance(k, int) or isinstance(k, bool) or k not in partitions:
         raise ContlearnError(f"k is {k!r}, expected one of {', '.join(map(str, partitions))} for EcoTTA on {model}")
     network = _EcoTTA(backbone, head, partitions[k])
     return tinytl(
@@ -65,7 +65,9 @@ def ecotta(
 def ecotta_tent(
     model: str = "wrn40_2", *, batch_size: int = 64, frozen_bytes: int = 1, n_classes: int = 10
 ) -> TinyTLAccount:
-    """TENT in EcoTTA's tables: weight and bias of every BatchNorm train (188.2 MB for WRN-40-2, 646.4 for WRN-28-10).
+    """TENT in EcoTTA's tables: weight and bias of every BatchNorm train.
+
+    ``stored`` at batch 64 is 188.25 MB for WRN-40-2 (the paper prints 188) and 646.4 MB for WRN-28-10.
 
     Arguments and errors as for ``ecotta``.
     """
@@ -75,10 +77,9 @@ def ecotta_tent(
 
 
 def ecotta_fine_tuning(model: str = "wrn40_2", *, batch_size: int = 64, n_classes: int = 100) -> TinyTLAccount:
-    """Training everything, as the authors' sample prints it for 100 classes: WRN-40-2 390.9 MB stored, peak 392.86.
+    """Training everything, by default for 100 classes as in the authors' sample.
 
-    The sample's print is 392,864,976 bytes, met to the byte by ``profiler_peak``; with 10 classes both are 0.05 MB
-    less.
+    The sample prints 392,864,976 bytes for WRN-40-2: ``profiler_peak``, to the byte. ``stored`` is 390.87 MB.
 
     Arguments and errors as for ``ecotta``.
     """

@@ -62,14 +62,15 @@ def mobiletl_block(
     What the figures print, in MB, against this function:
 
     * One block of expansion 6, figure ``block_ours_mem``: MobileNetV2 2.16 (here 2.164), V3 3.10 (3.109), V3 full
-      6.66 (6.665). V2 full is printed as 4.02 and is **not** met: 3.970 here. With two bits per ReLU6, one for each
+      6.66 (6.665). V2 full is printed as 4.02 and not met: 3.970 here. With two bits per ReLU6, one for each
       threshold, it would be 4.027 (``relu6_bits``).
     * One block of expansion 1, the motivation table (full): V2 0.913 (0.9126), V3 1.362 (1.3617). It needs one bit per
       ReLU6: two would give 0.922.
 
-    Both figures are met at 96 channels, 7x7 pixels and batch 8, the shape that the table's parameter counts fix.
-    48 channels of 28x28 pixels have as many numbers per image as those have per batch, and differ in the vectors of
-    squeeze-and-excite alone: V3 3.070 and V3 full 6.626 there.
+    Neither states a shape. The table's parameter counts (230,592; 21,408; 26,136) are those of 96 channels and 5x5
+    kernels, and its 1.362 needs a batch of 8 images of 7x7 pixels; both figures are met there. One image of 28x28
+    pixels and 48 channels has as many numbers as that batch and differs in the vectors of squeeze-and-excite alone: V3
+    3.070 and V3 full 6.626.
 
     Args:
         channels: Channels of the block's input.
