@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from contlearn.scenarios.registry import SCENARIOS, ScenarioInfo, describe
 
 if TYPE_CHECKING:
-    from contlearn.scenarios.blurry import blurry
+    from contlearn.scenarios.blurry_stream import blurry
     from contlearn.scenarios.domains import domain_incremental
     from contlearn.scenarios.incremental import class_incremental, task_incremental
-    from contlearn.scenarios.online import online
+    from contlearn.scenarios.online_stream import online
     from contlearn.scenarios.stream import Scenario
 
 __all__ = [

@@ -25,6 +25,7 @@ class ScenarioInfo:
         return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
 
 
+# No module may bear the name of its function: importing it would hide the function in the package.
 _RECORDS = (
     ScenarioInfo(
         "class_incremental",
@@ -46,13 +47,13 @@ _RECORDS = (
     ),
     ScenarioInfo(
         "online",
-        "contlearn.scenarios.online:online",
+        "contlearn.scenarios.online_stream:online",
         "A class-incremental stream seen once, a few samples at a time.",
         "arXiv 1902.10486",
     ),
     ScenarioInfo(
         "blurry",
-        "contlearn.scenarios.blurry:blurry",
+        "contlearn.scenarios.blurry_stream:blurry",
         "Si-blurry: some classes in one experience only, the others leak everywhere.",
         "arXiv 2308.09303",
     ),

@@ -9,9 +9,10 @@ import torch
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.training.plugins import AGEMPlugin as AvalancheAGEMPlugin
 
+from contlearn.errors import ContlearnError
 from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
 from contlearn.strategies.memories import require_positive
-from contlearn.strategies.template import SupervisedTemplate
+from contlearn.strategies.rehearsal import Rehearsal
 
 
 class AGEMPlugin(AvalancheAGEMPlugin):
@@ -32,6 +33,7 @@ class AGEMPlugin(AvalancheAGEMPlugin):
         self.partial_batches = partial_batches
         self.samplers: list[CyclingSampler] = []
 
+    memory_names = {"reference_gradients": "reference_gradient", "samplers": "memory_loader"}
     # Loaders of the parent that we do not use; samplers are made again from the stored buffers.
     checkpoint_exclude = ("buffer_dataloader", "buffer_dliter", "reference_gradients", "samplers")
 
@@ -62,11 +64,12 @@ class AGEMPlugin(AvalancheAGEMPlugin):
         return [torch.cat(parts) for parts in zip(*(sampler.next() for sampler in self.samplers), strict=True)]
 
 
-class AGEM(SupervisedTemplate):
+class AGEM(Rehearsal):
     """Averaged gradient episodic memory.
 
     Args:
         patterns_per_experience: exemplars kept of each experience.
+        memory_budget: bytes of the memory after the last experience (``64KB``), instead of ``patterns_per_experience``.
         sample_size: exemplars per reference gradient.
         partial_batches: serve the memory in whole passes with a smaller last sample, as Avalanche does.
         kwargs: options of the training loop.
@@ -76,13 +79,29 @@ class AGEM(SupervisedTemplate):
         self,
         *,
         patterns_per_experience: int = 50,
+        memory_budget: int | str | None = None,
         sample_size: int = 64,
         partial_batches: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(memory_budget=memory_budget, **kwargs)
         self.agem = AGEMPlugin(patterns_per_experience, sample_size, partial_batches=partial_batches)
         self.plugins.insert(0, self.agem)
+
+    def set_memory_size(self, count: int) -> None:
+        """Share ``count`` exemplars out over the experiences of the stream.
+
+        Raises:
+            ContlearnError: fewer exemplars than experiences.
+        """
+        assert self.experience is not None
+        experiences = len(self.experience.origin_stream)
+        if count < experiences:
+            raise ContlearnError(
+                f"memory_budget: {self.memory_budget} bytes hold {count} exemplars, fewer than the {experiences} "
+                f"experiences; expected at least {experiences * self.exemplar_bytes(self.experience)}"
+            )
+        self.agem.patterns_per_experience = count // experiences
 
     def training_state(self) -> dict[str, Any]:
         """The loop's state and the positions in memory."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from contlearn.strategies.loader import BatchSource, CyclingSampler
 from contlearn.strategies.memories import LogitMemory, require_positive
-from contlearn.strategies.template import SupervisedTemplate
+from contlearn.strategies.rehearsal import Rehearsal
 
 
-class DER(SupervisedTemplate):
+class DER(Rehearsal):
     """Dark experience replay, and DER++ with ``beta`` above 0.
 
     Loss: cross-entropy on current data + ``alpha`` * mean squared error of an exemplar batch's logits to the stored
@@ -24,6 +24,7 @@ class DER(SupervisedTemplate):
 
     Args:
         memory_size: exemplars in memory, class-balanced.
+        memory_budget: bytes of the memory (``65536``, ``64KB``), instead of ``memory_size``.
         alpha: weight of the squared error.
         beta: weight of the exemplars' cross-entropy; 0 is DER, above 0 DER++.
         batch_size_memory: exemplars per iteration, fewer while the memory holds fewer; default: as many as samples of
@@ -35,13 +36,14 @@ class DER(SupervisedTemplate):
         self,
         *,
         memory_size: int = 200,
+        memory_budget: int | str | None = None,
         alpha: float = 0.1,
         beta: float = 0.0,
         batch_size_memory: int | None = None,
         **kwargs: Any,
     ) -> None:
         require_positive(memory_size=memory_size, batch_size_memory=batch_size_memory)
-        super().__init__(**kwargs)
+        super().__init__(memory_budget=memory_budget, **kwargs)
         self.alpha = alpha
         self.beta = beta
         self.batch_size_memory = batch_size_memory or self.train_mb_size
@@ -51,7 +53,20 @@ class DER(SupervisedTemplate):
         """Number of outputs the model had in the last training iteration."""
         self._stored_logits = torch.empty(0)
 
+    memory_names = {
+        "storage_policy": "reservoir_weights",
+        "memory": "memory_loader",
+        "_stored_logits": "memory_batch",
+    }
     checkpoint_exclude = ("memory", "_stored_logits")
+
+    def extra_bytes(self, n_classes: int) -> int:
+        """The logits, float32, at their full width."""
+        return 4 * n_classes
+
+    def set_memory_size(self, count: int) -> None:
+        """Take ``count`` as the number of exemplars."""
+        self.storage_policy.max_size = count
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         buffer = self.storage_policy.buffer

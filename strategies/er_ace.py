@@ -11,10 +11,10 @@ from torch import Tensor
 
 from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
 from contlearn.strategies.memories import Policy, require_positive, storage_policy
-from contlearn.strategies.template import SupervisedTemplate
+from contlearn.strategies.rehearsal import Rehearsal
 
 
-class ERACE(SupervisedTemplate):
+class ERACE(Rehearsal):
     """Experience replay with asymmetric cross-entropy.
 
     Incoming samples compete among the classes of their own batch only, exemplars among all; the two losses are
@@ -23,6 +23,7 @@ class ERACE(SupervisedTemplate):
 
     Args:
         memory_size: exemplars in memory.
+        memory_budget: bytes of the memory (``65536``, ``64KB``), instead of ``memory_size``.
         policy: which exemplars are kept.
         batch_size_memory: exemplars per iteration, fewer while the memory holds fewer.
         kwargs: options of the training loop.
@@ -32,21 +33,34 @@ class ERACE(SupervisedTemplate):
         self,
         *,
         memory_size: int = 200,
+        memory_budget: int | str | None = None,
         policy: Policy = "class_balanced",
         batch_size_memory: int = 10,
         **kwargs: Any,
     ) -> None:
         require_positive(batch_size_memory=batch_size_memory)
-        super().__init__(**kwargs)
+        super().__init__(memory_budget=memory_budget, **kwargs)
         self.batch_size_memory = batch_size_memory
         self.storage_policy = storage_policy(policy, memory_size)
         self.memory: CyclingSampler | None = None
         self._exemplars: Batch = []
         self._exemplar_output = torch.empty(0)
 
+    memory_names = {
+        "storage_policy": "reservoir_weights",
+        "memory": "memory_loader",
+        "_exemplars": "memory_batch",
+        "_exemplar_output": "memory_batch",
+    }
     checkpoint_exclude = ("memory", "_exemplars", "_exemplar_output")
 
+    def set_memory_size(self, count: int) -> None:
+        """Take ``count`` as the number of exemplars."""
+        self.storage_policy.max_size = count
+
     def _before_training_exp(self, **kwargs: Any) -> None:
+        if not self._fitted:  # the memory takes this experience in before the base class looks at it
+            self.fit_memory(self.experience)
         self.storage_policy.post_adapt(self, self.experience)
         buffer = self.storage_policy.buffer
         if len(buffer) and self.clock.train_exp_counter > 0:

@@ -20,6 +20,8 @@ class EWCPlugin(AvalancheEWCPlugin):
     mode (not the per-sample Fisher diagonal, which is larger by about the batch size).
     """
 
+    memory_names = {"saved_params": "anchor", "importances": "fisher"}
+
     def compute_importances(
         self,
         model: Any,

@@ -7,7 +7,7 @@ from typing import Any
 from avalanche.training.plugins import GDumbPlugin as AvalancheGDumbPlugin
 
 from contlearn.strategies.memories import require_positive
-from contlearn.strategies.template import SupervisedTemplate
+from contlearn.strategies.rehearsal import Rehearsal
 
 
 class GDumbPlugin(AvalancheGDumbPlugin):
@@ -19,6 +19,8 @@ class GDumbPlugin(AvalancheGDumbPlugin):
     Args:
         memory_size: exemplars in memory, class-balanced.
     """
+
+    memory_names = {"init_model": "initial_model", "storage_policy": "reservoir_weights"}
 
     def __init__(self, memory_size: int = 200) -> None:
         require_positive(memory_size=memory_size)
@@ -33,14 +35,26 @@ class GDumbPlugin(AvalancheGDumbPlugin):
         strategy.adapted_dataset = self.storage_policy.buffer.train()
 
 
-class GDumb(SupervisedTemplate):
+class GDumb(Rehearsal):
     """Greedy sampler and dumb learner: Avalanche's plug-in on our template.
 
     Args:
         memory_size: exemplars in memory, class-balanced.
+        memory_budget: bytes of the memory (``65536``, ``64KB``), instead of ``memory_size``.
         kwargs: options of the training loop.
     """
 
-    def __init__(self, *, memory_size: int = 200, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.plugins.insert(0, GDumbPlugin(memory_size))
+    def __init__(self, *, memory_size: int = 200, memory_budget: int | str | None = None, **kwargs: Any) -> None:
+        super().__init__(memory_budget=memory_budget, **kwargs)
+        self.gdumb = GDumbPlugin(memory_size)
+        self.plugins.insert(0, self.gdumb)
+
+    def set_memory_size(self, count: int) -> None:
+        """Take ``count`` as the number of exemplars."""
+        self.gdumb.mem_size = self.gdumb.storage_policy.max_size = count
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """Know the size of the memory before the plug-in fills it."""
+        if not self._fitted:
+            self.fit_memory(self.experience)
+        super().train_dataset_adaptation(**kwargs)

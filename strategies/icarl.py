@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies.memories import HerdingBuffer, feature_extractor, outputs_of, require_positive
-from contlearn.strategies.template import SupervisedTemplate
+from contlearn.strategies.rehearsal import Rehearsal
 
 
-class ICaRL(SupervisedTemplate):
+class ICaRL(Rehearsal):
     """Incremental classifier and representation learning.
 
     Trains on new data and all exemplars together with binary cross-entropy on every output: one-hot targets for new
@@ -31,17 +31,20 @@ class ICaRL(SupervisedTemplate):
 
     Args:
         memory_size: exemplars in all, shared out equally over the classes seen.
+        memory_budget: bytes of the memory (``65536``, ``64KB``), instead of ``memory_size``.
         classifier: ``nme`` (nearest mean of exemplars) or ``head``.
         mirror: add mirrored exemplars to the class means.
         kwargs: options of the training loop.
     """
 
+    memory_names = {"teacher": "teacher", "_means": "class_means"}
     checkpoint_exclude = ("_means",)
 
     def __init__(
         self,
         *,
         memory_size: int = 200,
+        memory_budget: int | str | None = None,
         classifier: Literal["nme", "head"] = "nme",
         mirror: bool = False,
         **kwargs: Any,
@@ -49,7 +52,7 @@ class ICaRL(SupervisedTemplate):
         require_positive(memory_size=memory_size)
         if classifier not in ("nme", "head"):
             raise ContlearnError(f"classifier: expected nme or head, got {classifier!r}")
-        super().__init__(**kwargs)
+        super().__init__(memory_budget=memory_budget, **kwargs)
         feature_extractor(self.model)
         self.classifier = classifier
         self.mirror = mirror
@@ -57,6 +60,10 @@ class ICaRL(SupervisedTemplate):
         self.teacher: nn.Module | None = None
         self.old_classes: list[int] = []
         self._means: dict[int, Tensor] | None = None
+
+    def set_memory_size(self, count: int) -> None:
+        """Take ``count`` as the number of exemplars."""
+        self.storage_policy.max_size = count
 
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
         """Join the exemplars to the current experience."""

@@ -22,6 +22,8 @@ class LwFPlugin(AvalancheLwFPlugin):
         teacher_in_train_mode: keep Avalanche's behaviour.
     """
 
+    memory_names = {"lwf.prev_model": "teacher"}
+
     def __init__(
         self, alpha: float | list[float] = 1.0, temperature: float = 2.0, *, teacher_in_train_mode: bool = False
     ) -> None:

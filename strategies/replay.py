@@ -8,6 +8,7 @@ from avalanche.training.plugins import ReplayPlugin as AvalancheReplayPlugin
 
 from contlearn.strategies.loader import BatchLoader, BatchSource, CyclingSampler, ReplayLoader
 from contlearn.strategies.memories import Policy, require_positive, storage_policy
+from contlearn.strategies.rehearsal import Rehearsal
 from contlearn.strategies.template import SupervisedTemplate
 
 
@@ -19,6 +20,8 @@ class ReplayPlugin(AvalancheReplayPlugin):
         policy: which exemplars are kept.
         batch_size_memory: exemplars per iteration; default: as many as samples of the current experience.
     """
+
+    memory_names = {"storage_policy": "reservoir_weights"}
 
     def __init__(
         self, memory_size: int = 200, *, policy: Policy = "class_balanced", batch_size_memory: int | None = None
@@ -53,11 +56,12 @@ class ReplayPlugin(AvalancheReplayPlugin):
         self.storage_policy.post_adapt(strategy, strategy.experience)
 
 
-class Replay(SupervisedTemplate):
+class Replay(Rehearsal):
     """Rehearsal from a bounded memory.
 
     Args:
         memory_size: exemplars in memory.
+        memory_budget: bytes of the memory (``65536``, ``64KB``), instead of ``memory_size``.
         policy: ``reservoir`` (a uniform sample of everything seen), ``class_balanced`` or ``experience_balanced``
             (equal shares), ``herding`` (equal shares per class, chosen nearest to the class mean in feature space).
         batch_size_memory: exemplars per iteration; default: as many as samples of the current experience.
@@ -68,10 +72,15 @@ class Replay(SupervisedTemplate):
         self,
         *,
         memory_size: int = 200,
+        memory_budget: int | str | None = None,
         policy: Policy = "class_balanced",
         batch_size_memory: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(memory_budget=memory_budget, **kwargs)
         self.replay = ReplayPlugin(memory_size, policy=policy, batch_size_memory=batch_size_memory)
         self.plugins.insert(0, self.replay)
+
+    def set_memory_size(self, count: int) -> None:
+        """Take ``count`` as the number of exemplars."""
+        self.replay.mem_size = self.replay.storage_policy.max_size = count

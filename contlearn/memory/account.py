@@ -1,0 +1,213 @@
+"""The memory account of a run: one report per experience, in bytes, for any Avalanche strategy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from contlearn.memory.holdings import Holdings, model_tensors
+from contlearn.memory.saved import LiveStorages, SavedForBackward, unique_bytes
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes by component.
+
+    Attributes:
+        weights: parameters and buffers at stored precision.
+        trainable_weights: of these, parameters that training changes.
+        gradients: gradients after the backward pass.
+        optimizer: momenta, moments and their like.
+        activations: storages saved for the backward pass at the worst moment of a step, each storage once; parameters
+            and buffers excluded.
+        replay: exemplars at the precision held (uint8 pixels, int64 labels and indices, logits).
+        method_state: everything else the method holds, by name (Fisher, anchors, teachers, prototypes, masks).
+        exemplars: number of distinct samples held for rehearsal.
+        persistent: what must survive a power cut: weights, optimizer state that outlives an experience, method state
+            and replay, between two experiences.
+        peak_static: weights, optimizer, method state and replay, plus every other storage live at the worst moment of a
+            training step (activations, gradients, the batch, temporaries), followed from allocation to release.
+        peak_measured: growth of the process's resident high-water mark (CPU) or the allocator's peak (CUDA), from a
+            process of its own; ``None`` where it was not measured.
+    """
+
+    weights: int
+    trainable_weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    replay: int
+    method_state: dict[str, int] = field(default_factory=dict)
+    exemplars: int = 0
+    persistent: int = 0
+    peak_static: int = 0
+    peak_measured: int | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over static peak."""
+        return None if self.peak_measured is None or not self.peak_static else self.peak_measured / self.peak_static
+
+    def as_record(self) -> dict[str, int]:
+        """Flat fields of a ``memory`` event: ``method_state`` is the total, ``method_state.NAME`` each part."""
+        record = {key: value for key, value in asdict(self).items() if isinstance(value, int)}
+        record["method_state"] = sum(self.method_state.values())
+        record.update({f"method_state.{name}": size for name, size in self.method_state.items()})
+        return record
+
+
+class MemoryAccount(SupervisedPlugin):
+    """A plug-in that measures one training step of every experience, and what is left after it.
+
+    Put it first in ``strategy.plugins``: a method may already run the network in front of the step. The step is the
+    second of the experience where there is one (the first allocates the optimizer's state).
+
+    Args:
+        record: called with each report after training on an experience.
+    """
+
+    memory_exempt = True
+    checkpoint_exclude = ("_record", "_step", "_stack", "_saved", "_live", "_held", "_sampled")
+
+    def __init__(self, record: Callable[[MemoryReport], None] | None = None) -> None:
+        super().__init__()
+        self._record = record
+        self.reports: list[MemoryReport] = []
+        self._sampled: dict[str, int] | None = None
+        self._step = 0
+        self._asleep = False
+        self._stack: contextlib.ExitStack | None = None
+        self._saved: SavedForBackward | None = None
+        self._live: LiveStorages | None = None
+        self._held: dict[str, int] = {}
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Look at a step of this experience."""
+        self._step, self._sampled = 0, None
+        experience = strategy.experience.logging()
+        # The pieces of an online stream are too many to look at each: the last one stands for its experience.
+        self._asleep = not getattr(experience, "is_last_subexp", True)
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Start to watch, at the second step or at the only one."""
+        if self._asleep:
+            return
+        self._step += 1
+        last = self._step == len(strategy.dataloader) and strategy.clock.train_exp_epochs + 1 == strategy.train_epochs
+        if self._sampled is not None or self._stack is not None or not (self._step == 2 or last):
+            return
+        holdings = Holdings(strategy)
+        own = [*model_tensors(strategy.model), *optimizer_tensors(strategy.optimizer)]
+        gradients = [p.grad for p in strategy.model.parameters() if p.grad is not None]
+        self._saved = SavedForBackward(own)
+        known = [*own, *holdings.tensors(), *(strategy.mbatch or [])]
+        self._live = LiveStorages(known, tracked=gradients)
+        batch = unique_bytes(t for t in strategy.mbatch or [] if isinstance(t, Tensor))
+        self._held = {
+            "base": unique_bytes([*own, *holdings.tensors()]) + batch,
+            "replay": holdings.replay_bytes(),
+        }
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(self._saved.watching())
+        self._stack.enter_context(self._live)
+
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Gradients are all there now."""
+        if self._stack is not None:
+            self._held["gradients"] = gradient_bytes(strategy)
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """A step that an exception cut short must not be watched for ever."""
+        self._release()
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Stop watching and note the figures."""
+        if self._stack is None or self._saved is None or self._live is None:
+            return
+        self._release()
+        holdings = Holdings(strategy)
+        self._sampled = {
+            "gradients": self._held.get("gradients", gradient_bytes(strategy)),
+            "activations": self._saved.peak,
+            "peak_static": self._held["base"] + self._held["replay"] + self._live.peak,
+            **{f"method_state.{name}": size for name, size in holdings.state_bytes().items()},
+        }
+        self._saved = self._live = None
+
+    def _release(self) -> None:
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Nothing: other plug-ins update their memories in this hook; :meth:`close_experience` comes after them all."""
+
+    def close_experience(self, strategy: Any) -> MemoryReport:
+        """The report of the experience that was just trained on."""
+        self._release()
+        report = snapshot(strategy, self._sampled or {})
+        self.reports.append(report)
+        if self._record is not None:
+            self._record(report)
+        return report
+
+
+class StopAfter(SupervisedPlugin):
+    """Ends training after so many steps."""
+
+    memory_exempt = True
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Count the step."""
+        if strategy.clock.train_iterations + 1 >= self.steps:
+            strategy.stop_training()
+
+
+def snapshot(strategy: Any, step: dict[str, int] | None = None) -> MemoryReport:
+    """What a strategy holds now, with the figures of a measured step.
+
+    Args:
+        strategy: any Avalanche strategy.
+        step: ``gradients``, ``activations``, ``peak_static`` and ``method_state.NAME`` of a step.
+    """
+    step = step or {}
+    holdings = Holdings(strategy)
+    parameters = list(strategy.model.parameters())
+    weights = unique_bytes(model_tensors(strategy.model))
+    optimizer = unique_bytes(optimizer_tensors(strategy.optimizer))
+    state, replay = holdings.state_bytes(), holdings.replay_bytes()
+    kept = 0 if getattr(strategy, "reset_optimizer", False) else optimizer
+    during = {key.removeprefix("method_state."): size for key, size in step.items() if key.startswith("method_state.")}
+    resident = weights + optimizer + sum(state.values()) + replay
+    return MemoryReport(
+        weights=weights,
+        trainable_weights=unique_bytes(p for p in parameters if p.requires_grad),
+        gradients=step.get("gradients", 0),
+        optimizer=optimizer,
+        activations=step.get("activations", 0),
+        replay=replay,
+        method_state={name: max(state.get(name, 0), during.get(name, 0)) for name in sorted({*state, *during})},
+        exemplars=holdings.exemplar_count(),
+        persistent=weights + kept + sum(state.values()) + replay,
+        peak_static=max(step.get("peak_static", 0), resident),
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Tensors an optimizer keeps per parameter."""
+    return [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
+
+
+def gradient_bytes(strategy: Any) -> int:
+    """Bytes of the gradients that exist now."""
+    return unique_bytes(p.grad for p in strategy.model.parameters() if p.grad is not None)
