@@ -13,6 +13,10 @@ from typing import Any
 from contlearn.errors import ContlearnError, unknown_name
 
 
+# Whether this process has not run anything yet: its high-water mark then belongs to the run.
+FRESH = True
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 success, 2 bad input, 128 + signal when stopped by one."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -33,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         return _stopped(stop)
+    except SystemExit as stop:  # argparse, after it has printed a help text
+        return int(stop.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -76,6 +82,7 @@ def _run(arguments: list[str]) -> int:
         epilog="Every option of the scenario, the model and the strategy can be given as --SECTION.OPTION=VALUE; "
         "with --help, those of the configuration (or of --strategy.name=NAME and so on) are listed.",
         add_help=False,
+        allow_abbrev=False,
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; without one, defaults and overrides")
     parser.add_argument(
@@ -86,26 +93,31 @@ def _run(arguments: list[str]) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress display and no summary")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
-    options, rest = parser.parse_known_args(arguments)
     from contlearn import config as configuration
 
+    options, rest = parser.parse_known_args(configuration.join_values(arguments))
     content = configuration.load(options.config) if options.config is not None else {}
+    quiet_libraries()
     if options.help:
-        parser.print_help()
-        names, _ = configuration._names(content, rest)
+        names, _ = configuration.section_names(content, rest)
         details, _ = configuration.parser_for(names, usage="", add_help=False)
+        parser.print_help()
         print("\n" + details.format_help().split("\n", 2)[-1].strip())
         return 0
-    stray = next((argument for argument in rest if not argument.startswith("-")), None)
-    if stray is not None and rest[0] == stray:
-        raise ContlearnError(f"run: unexpected argument {stray!r}; expected options such as --strategy.lr=0.1")
     resolved = configuration.resolve(content, rest)
     folder = (
         Path(options.out) if options.out else Path("runs") / (Path(options.config).stem if options.config else "run")
     )
-    quiet_libraries()
-    strategy, stream = configuration.build(resolved)
+    stream = configuration.make_stream(resolved)
+    from contlearn import models
+    from contlearn.memory import process
     from contlearn.running import run
+
+    models.describe(resolved["model"]["name"]).load_factory()
+    # Only in a process of its own: what an earlier run left behind would hide what this one needs.
+    resident = process.mark() if FRESH else None
+    globals()["FRESH"] = False
+    strategy = configuration.build_on(stream, resolved)
 
     result = run(
         strategy,
@@ -116,6 +128,7 @@ def _run(arguments: list[str]) -> int:
         loggers=resolved["loggers"],
         quiet=options.quiet,
         config=resolved,
+        resident_before=resident,
     )
     from contlearn import plots
 
@@ -124,7 +137,13 @@ def _run(arguments: list[str]) -> int:
     if not options.quiet:
         from rich.console import Console
 
-        Console().print(plots.table([(resolved["strategy"]["name"], result.results)]))
+        from contlearn.memory.show import render
+
+        console = Console()
+        console.print(plots.table([(resolved["strategy"]["name"], result.results)]))
+        if result.memory:
+            console.print()
+            console.print(render(result.memory))
         print(f"run folder: {folder}")
     return 0
 
@@ -143,39 +162,42 @@ def quiet_libraries() -> None:
 def _list(arguments: list[str]) -> int:
     parser = _Parser(prog="contlearn list", description="List what can be named in a configuration.")
     kinds = ("strategies", "scenarios", "models", "datasets")
-    parser.add_argument("kind", choices=kinds, help="what to list")
+    parser.add_argument("kind", metavar="KIND", help=f"what to list: {', '.join(kinds)}")
     parser.add_argument("name", nargs="?", help="one entry (in full), or a shell-style pattern")
     options = parser.parse_args(arguments)
-    rows, details = _registry(options.kind)
+    if options.kind not in kinds:
+        raise unknown_name("kind", options.kind, kinds)
+    rows, details = _registry(options.kind, options.name)
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if options.name in rows:
+    if options.name and not set("*?[") & set(options.name):
         for key, value in details(options.name).items():
             if value not in ("", None, {}, ()):
                 console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
         return 0
-    import fnmatch
-
-    chosen = fnmatch.filter(rows, options.name) if options.name else list(rows)
-    if not chosen:
-        raise unknown_name(options.kind, options.name, rows)
+    if not rows:
+        raise unknown_name(f"{options.kind} matching", options.name, _registry(options.kind, None)[0])
     table = Table("name", "description", "source", box=None, pad_edge=False)
-    for name in chosen:
+    for name in rows:
         record = details(name)
         table.add_row(name, str(record.get("description", "")), str(record.get("paper") or record.get("source") or ""))
     console.print(table)
     return 0
 
 
-def _registry(kind: str) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
-    """Names of a registry and the record of each as a dictionary."""
+def _registry(kind: str, pattern: str | None) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
+    """Names of a registry that match a shell-style pattern, and the record of each as a dictionary."""
+    import fnmatch
     import importlib
     from dataclasses import fields
 
     module = importlib.import_module("contlearn.scenarios.datasets" if kind == "datasets" else f"contlearn.{kind}")
-    names = module.list_datasets() if kind == "datasets" else module.list()
+    if kind == "datasets":
+        names = fnmatch.filter(module.list_datasets(), pattern or "*")
+    else:
+        names = module.list(pattern or "*")
 
     def details(name: str) -> dict[str, Any]:
         record = module.describe(name)
@@ -191,6 +213,8 @@ def _registry(kind: str) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
 def _doctor(arguments: list[str]) -> int:
     from contlearn import doctor
 
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise ContlearnError(f"doctor: unexpected argument {arguments[0]!r}; expected none")
     return doctor.main(arguments)
 
 

@@ -7,13 +7,14 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import yaml
 
 from contlearn.errors import ContlearnError, nearest
 from contlearn.options import (
     Option,
+    choices,
     model_options,
     require_mapping,
     scenario_options,
@@ -32,6 +33,23 @@ RUN_OPTIONS = (
     Option("loggers", list[Literal["tensorboard", "csv"]], [], "Logs beside the run's own records, in its folder."),
 )
 TOP_LEVEL = (*SECTIONS, *(option.name for option in RUN_OPTIONS), "description")
+FLAGS = ("out", "resume", "quiet", "help")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: ``1e-3`` is a number, and a key that is given twice is a mistake."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key, following in zip(sorted(keys), sorted(keys)[1:], strict=False):
+            if key == following:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -42,7 +60,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {str(file.with_name(near[0]))!r}?" if near else ""
@@ -63,7 +81,7 @@ def resolve(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
 
     Args:
         config: content of a configuration file.
-        overrides: ``--strategy.lr=0.1``-style arguments.
+        overrides: arguments such as ``--strategy.lr=0.1`` or ``--strategy.lr 0.1``.
 
     Returns:
         Sections ``scenario``, ``model``, ``strategy`` (each with ``name`` and every option) and the run's options.
@@ -71,7 +89,7 @@ def resolve(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     Raises:
         ContlearnError: an unknown name, key or value, with the nearest valid one.
     """
-    names, free = _names(config, overrides)
+    names, free = section_names(config, overrides)
     parser, options = parser_for(names)
     given = {key: value for key, value in config.items() if key != "description"}
     extra: dict[str, Any] = {}
@@ -92,7 +110,10 @@ def resolve(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
         for argument in list(free):
             key, _, value = argument.partition("=")
             if key.startswith("--model.") and key not in known:
-                extra[key.removeprefix("--model.")] = yaml.safe_load(value)
+                try:
+                    extra[key.removeprefix("--model.")] = _yaml(value)
+                except yaml.YAMLError:
+                    raise ContlearnError(f"{key[2:]}: expected a YAML value, got {value!r}") from None
                 free.remove(argument)
     parsed = _parse(parser, given, free, options)
     resolved = {section: {"name": names[section], **(parsed.get(section) or {})} for section in SECTIONS}
@@ -135,7 +156,27 @@ def build(resolved: dict[str, Any]) -> tuple[Any, Any]:
     Raises:
         ContlearnError: data missing or damaged, or options that do not fit each other.
     """
-    from contlearn import models, scenarios, strategies
+    stream = make_stream(resolved)
+    return build_on(stream, resolved), stream
+
+
+def build_on(stream: Any, resolved: dict[str, Any]) -> Any:
+    """The strategy of a resolved configuration, with its model, for a stream that is there already."""
+    from contlearn import models, strategies
+
+    model_spec = dict(resolved["model"])
+    model = models.create(model_spec.pop("name"), stream, seed=resolved["seed"], **model_spec)
+    strategy_spec = dict(resolved["strategy"])
+    return strategies.create(strategy_spec.pop("name"), model, **strategy_spec)
+
+
+def make_stream(resolved: dict[str, Any]) -> Any:
+    """The stream of a resolved configuration; sets its thread count and seeds every random source on the way.
+
+    Raises:
+        ContlearnError: data missing or damaged.
+    """
+    from contlearn import scenarios
     from contlearn.state import seed_everything
 
     if resolved["threads"] is not None:
@@ -145,16 +186,27 @@ def build(resolved: dict[str, Any]) -> tuple[Any, Any]:
 
         torch.set_num_threads(resolved["threads"])
     seed_everything(resolved["seed"])
-    stream = scenarios.create(**resolved["scenario"])
-    model_spec = dict(resolved["model"])
-    model = models.create(model_spec.pop("name"), stream, seed=resolved["seed"], **model_spec)
-    strategy_spec = dict(resolved["strategy"])
-    strategy = strategies.create(strategy_spec.pop("name"), model, **strategy_spec)
-    return strategy, stream
+    return scenarios.create(**resolved["scenario"])
 
 
-def _names(config: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Name of each section, and the overrides that are not names."""
+def join_values(arguments: Sequence[str]) -> list[str]:
+    """Arguments ``--key value`` as ``--key=value``, so that no value is taken for something else."""
+    joined: list[str] = []
+    for argument in arguments:
+        last = joined[-1] if joined else ""
+        if last.startswith("--") and "=" not in last and last[2:] not in FLAGS and not argument.startswith("--"):
+            joined[-1] = f"{last}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def section_names(config: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Name of each section, and the overrides that are not names.
+
+    Raises:
+        ContlearnError: a section that is no mapping, a name that is no text or is missing.
+    """
     names = dict(DEFAULT_NAMES)
     for section in SECTIONS:
         content = config.get(section)
@@ -165,21 +217,19 @@ def _names(config: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, 
                 raise ContlearnError(f"{section}.name: expected text, got {content['name']!r}")
             names[section] = content["name"]
     free: list[str] = []
-    waiting: str | None = None
-    for argument in overrides:
-        if waiting is not None:
-            names[waiting], waiting = argument, None
-            continue
+    for argument in join_values(overrides):
         match = re.fullmatch(r"--(scenario|model|strategy)\.name(?:=(.*))?", argument, flags=re.DOTALL)
         if match is None:
             free.append(argument)
         elif match.group(2) is None:
-            waiting = match.group(1)
+            raise ContlearnError(f"{argument}: expected a name after it")
         else:
             names[match.group(1)] = match.group(2)
-    if waiting is not None:
-        raise ContlearnError(f"--{waiting}.name: expected a name after it")
     return names, free
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
 def _parse(
@@ -189,21 +239,42 @@ def _parse(
     for section in SECTIONS:
         for option in options[section] or options.get(f"{section}-common") or []:
             types[f"{section}.{option.name}"] = option
-    _check_override_names(overrides, list(types))
+    _check_overrides(overrides, types)
     try:
         base = parser.parse_object(given)
-        return dict(parser.parse_args(list(overrides), namespace=base).as_dict())
+        parsed = dict(parser.parse_args(list(overrides), namespace=base).as_dict())
     except (argparse.ArgumentError, SystemExit) as error:
         raise _explained(str(error), types, given, overrides) from None
+    for key, option in types.items():
+        optional = option.default is None or type(None) in get_args(option.type)
+        value = _at(parsed, key)
+        if value is None and not optional:
+            raise ContlearnError(f"{key}: expected {type_name(option.type)}, got null")
+        if isinstance(value, int | float) and not abs(value) < 2**63:
+            raise ContlearnError(f"{key}: expected a finite number below 2**63, got {value}")
+    return parsed
 
 
-def _check_override_names(overrides: Sequence[str], valid: list[str]) -> None:
+def _check_overrides(overrides: Sequence[str], types: dict[str, Option]) -> None:
     for argument in overrides:
-        key = argument.partition("=")[0]
-        if key.startswith("--") and key[2:] not in valid:
-            raise _unknown_key(key[2:], valid, "command line", prefix="")
-        if not argument.startswith("-"):
-            continue
+        key, equals, _ = argument.partition("=")
+        if not key.startswith("--"):
+            raise ContlearnError(
+                f"command line: unexpected argument {argument!r}; expected options such as --strategy.lr=0.1"
+            )
+        # The parser takes --loggers+=csv as one more item of the list.
+        appends = key.endswith("+") and get_origin(types.get(key[2:-1], RUN_OPTIONS[0]).type) is list
+        if key[2:] not in types and not appends:
+            raise _unknown_key(key[2:], [*types, *FLAGS], "command line", prefix="")
+        if not equals:
+            raise ContlearnError(f"{key}: expected {type_name(types[key[2:].rstrip('+')].type)} after it")
+
+
+def _at(values: Any, key: str) -> Any:
+    """The value at a dotted key, or ``None``."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _unknown_key(key: str, valid: Sequence[str], where: str, prefix: str = "") -> ContlearnError:
@@ -221,17 +292,13 @@ def _explained(
     key = match.group(1) if match else None
     if key is None or key not in types:
         return ContlearnError(f"configuration: {message}")
-    value: Any = given
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    for position, argument in enumerate(overrides):
-        name, equals, text = argument.partition("=")
-        if name == f"--{key}":
-            value = text if equals else next(iter(overrides[position + 1 :]), None)
-    expected = type_name(types[key].type)
-    hint = ""
-    choices = re.findall(r"one of ([^;]*)", expected)
-    if choices and isinstance(value, str):
-        close = nearest(value, choices[0].split(" or ")[0].split(", "))
-        hint = f"; did you mean {close!r}?" if close else ""
-    return ContlearnError(f"{key}: expected {expected}, got {value!r}{hint}")
+    value: Any = _at(given, key)
+    for argument in overrides:
+        name, _, text = argument.partition("=")
+        if name.rstrip("+") == f"--{key}":
+            value = text
+    names = choices(types[key].type)
+    wrong = [word for word in re.findall(r"[\w-]+", str(value)) if word not in names]
+    close = next(filter(None, (nearest(word, names) for word in wrong)), None)
+    hint = f"; did you mean {close!r}?" if close else ""
+    return ContlearnError(f"{key}: expected {type_name(types[key].type)}, got {value!r}{hint}")

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union
 from contlearn.errors import ContlearnError
 
 PLAIN = (int, float, str, bool, type(None))
+_YAML_NAMES = {list: "the list", str: "the text", int: "the number", float: "the number", bool: "the value"}
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,24 @@ def type_name(annotation: Any) -> str:
     """A type as an error message names it: ``int``, ``one of a, b``, ``list of int or null``."""
     if annotation is type(None):
         return "null"
-    origin = typing.get_origin(annotation)
+    origin, members = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
-        return "one of " + ", ".join(str(value) for value in typing.get_args(annotation))
+        return "one of " + ", ".join(map(str, members))
     if origin in (Union, types.UnionType):
-        return " or ".join(type_name(member) for member in typing.get_args(annotation))
+        return " or ".join(type_name(member) for member in members)
     if origin is list:
-        return f"a list of {type_name(typing.get_args(annotation)[0])}"
+        items = {int: "whole numbers", float: "numbers", str: "texts"}
+        return f"a list of {items.get(members[0]) or ', '.join(choices(members[0])) or type_name(members[0])}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def choices(annotation: Any) -> list[str]:
+    """The names a type allows, wherever they stand in it; none for a type of numbers or free text."""
+    members = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return [member for member in members if isinstance(member, str)]
+    return [name for member in members for name in choices(member)]
 
 
 def scenario_options(name: str) -> list[Option]:
@@ -182,6 +192,10 @@ def require_mapping(value: Any, where: str) -> dict[str, Any]:
     Raises:
         ContlearnError: anything else.
     """
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ContlearnError(f"{where}: expected a mapping of options, got {type(value).__name__}")
+    if not isinstance(value, dict):
+        given = "nothing" if value is None else f"{_YAML_NAMES.get(type(value), type(value).__name__)} {value!r}"
+        raise ContlearnError(f"{where}: expected a mapping of options, got {given}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ContlearnError(f"{where}: expected text as key, got {key!r}")
     return value

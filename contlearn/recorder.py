@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Recorder(SupervisedPlugin):
         records: every record of this process.
     """
 
+    memory_exempt = True
+
     def __init__(self, test_stream: list[Any], progress: Progress) -> None:
         super().__init__()
         self.progress = progress
@@ -40,10 +42,9 @@ class Recorder(SupervisedPlugin):
         self._local: list[set[int]] = []
         self._sizes = [len(experience.dataset) for experience in test_stream]
         self._counts: dict[int, dict[str, float]] = {}
-        self._columns: dict[tuple[str, int], Tensor] = {}
+        self._columns: dict[tuple[str, int, int], Tensor] = {}
         self._clock = {"experience": 0.0, "epoch": 0.0, "train": 0.0}
         self._samples = self._iterations = 0
-        self._epochs = 1
         self._diverged = False
 
     # ------------------------------------------------------------------ records
@@ -109,18 +110,36 @@ class Recorder(SupervisedPlugin):
             self._clock["train"] = 0.0
             self.progress.experience(row)
         self._samples += sum(len(experience.dataset) for experience in experiences)
-        self._clock["experience"] = time.perf_counter()
+        self._clock["experience"] = self._clock["epoch"] = time.perf_counter()
+
+    def stopped(self) -> None:
+        """Training on these experiences is over, for now at least."""
+        self._clock["train"] += time.perf_counter() - self._clock["experience"]
+
+    def counters(self) -> dict[str, float]:
+        """What was counted and timed of the experience so far, for a checkpoint inside it."""
+        return {
+            "samples": self._samples,
+            "iterations": self._iterations,
+            "train_s": self._clock["train"],
+            "epoch_s": time.perf_counter() - self._clock["epoch"],
+        }
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        """Go on counting from what :meth:`counters` gave."""
+        self._samples, self._iterations = int(counters.get("samples", 0)), int(counters.get("iterations", 0))
+        self._clock["train"] = float(counters.get("train_s", 0.0))
+        self._clock["epoch"] = time.perf_counter() - float(counters.get("epoch_s", 0.0))
 
     def trained(self, experiences: list[Any]) -> None:
-        """Training on these experiences is over."""
-        self._clock["train"] += time.perf_counter() - self._clock["experience"]
+        """Training on these experiences is complete."""
+        self.stopped()
         for experience in experiences:
             self.seen |= {int(label) for label in experience.classes_in_this_experience}
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Start the clock of an epoch."""
         self._clock["epoch"] = time.perf_counter()
-        self._epochs = int(strategy.train_epochs)
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Tell how far the epoch is."""
@@ -145,7 +164,7 @@ class Recorder(SupervisedPlugin):
             lr=float(strategy.optimizer.param_groups[0]["lr"]),
             seconds=time.perf_counter() - self._clock["epoch"],
         )
-        self.progress.epoch(epoch, self._epochs, loss)
+        self.progress.epoch(epoch, int(strategy.train_epochs), loss)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -170,15 +189,16 @@ class Recorder(SupervisedPlugin):
 
     def _competing(self, name: str, on: int, output: Tensor) -> Tensor:
         """Labels whose outputs compete, ``(k,)``; labels the model has no output for cannot."""
-        if (name, on) not in self._columns:
+        width = output.shape[1]  # may differ between batches: a nearest-mean classifier answers for the labels it meets
+        if (name, on, width) not in self._columns:
             labels = {
                 "correct": self.seen,
                 "correct_local": self._local[on],
                 "correct_upto": set().union(*self._local[: on + 1]),
             }[name]
-            present = sorted(label for label in labels if label < output.shape[1])
-            self._columns[name, on] = torch.tensor(present, dtype=torch.int64, device=output.device)
-        return self._columns[name, on]
+            present = sorted(label for label in labels if label < width)
+            self._columns[name, on, width] = torch.tensor(present, dtype=torch.int64, device=output.device)
+        return self._columns[name, on, width]
 
     def evaluated(self, seconds: float) -> None:
         """Evaluation of this row is over: record every pair."""

@@ -132,6 +132,8 @@ def _memory(events: Sequence[Event]) -> dict[str, Any]:
                 continue
             before = merged.get(name)
             merged[name] = max(before, value) if _number(before) and _number(value) else value
+    if merged.get("peak_measured") and merged.get("peak_static"):
+        merged["peak_ratio"] = merged["peak_measured"] / merged["peak_static"]
     return merged
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import threading
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import torch
 import yaml
@@ -22,6 +23,8 @@ from contlearn.checkpoint import CheckpointFolder, Position
 from contlearn.errors import ContlearnError
 from contlearn.events import FILE_NAME as EVENTS
 from contlearn.files import atomic_write_bytes, atomic_write_text, unwritable
+from contlearn.memory.account import MemoryAccount
+from contlearn.memory.process import resident_bytes
 from contlearn.progress import Progress
 from contlearn.recorder import Recorder
 from contlearn.state import Samples, Unstorable, seed_everything
@@ -35,11 +38,11 @@ MODEL = "model.safetensors"
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A run was stopped by SIGINT or SIGTERM after it had stored where it stood.
+    """A run was stopped by SIGINT or SIGTERM, after it had stored where it stood if it could.
 
     Attributes:
         signum: the signal.
-        folder: the run folder, or ``None``.
+        folder: the run folder with the position, or ``None`` when none was stored.
     """
 
     def __init__(self, signum: int, folder: Path | None) -> None:
@@ -86,6 +89,8 @@ def run(
     loggers: Sequence[Logger] = (),
     quiet: bool = False,
     config: dict[str, Any] | None = None,
+    checkpoint_every: float = 0.0,
+    resident_before: int | None = None,
 ) -> Result:
     """Train on every experience of a stream in turn and evaluate after each.
 
@@ -99,14 +104,18 @@ def run(
         loggers: ``tensorboard`` and ``csv`` logs through Avalanche's loggers, in the run folder.
         quiet: no progress display.
         config: what ``config.yaml`` shall say; default: the specs of scenario, model and strategy.
+        checkpoint_every: seconds between two checkpoints, at least; 0 stores one after every experience.
+        resident_before: resident bytes of this process before the model was made, in a process that has done nothing
+            else (``contlearn.memory.process.mark``): the measured peak is then recorded too. On CUDA it always is.
 
     Returns:
         Metrics, accuracy matrix and the folder.
 
     Raises:
         ContlearnError: an unwritable folder, a damaged checkpoint, or a configuration that differs from the stored one.
-        RunInterrupted: SIGINT or SIGTERM; the position is stored.
+        RunInterrupted: SIGINT or SIGTERM; the position is stored where that is possible.
     """
+    _check_loggers(loggers, out)
     if config is None:
         config = {
             "scenario": getattr(stream, "spec", {"name": type(stream).__name__}),
@@ -115,6 +124,8 @@ def run(
             "seed": seed,
         }
     session = _Session(strategy, stream, config, Path(out) if out is not None else None, seed, quiet)
+    session.checkpoint_every = checkpoint_every
+    session.resident_before = resident_before
     done = session.open(resume)
     if done is not None:
         return done
@@ -130,17 +141,25 @@ class _Session:
     ) -> None:
         self.strategy = strategy
         self.stream = stream
-        self.config = config
+        # As YAML and JSON hold it, NumPy's numbers and tuples included: what a resumed run will read back.
+        self.config = json.loads(json.dumps(config, default=_as_plain))
+        if folder is not None and folder.name in ("", ".."):  # "." has no name that a kept copy could be called after
+            folder = folder.resolve()
         self.folder = folder
         self.seed = seed
         self.progress = Progress(quiet=quiet)
         self.train_stream = list(stream.streams["train"])
         self.test_stream = list(stream.streams["test"])
+        self.online = any(isinstance(experience, OnlineCLExperience) for experience in self.train_stream)
         self.joint = bool(getattr(strategy, "trains_jointly", False)) or type(strategy).__name__ == "JointTraining"
         self.samples = Samples(stream)
         self.checkpoints = CheckpointFolder(folder / "checkpoint", self.samples) if folder is not None else None
         self.recorder = Recorder(self.test_stream, self.progress)
+        self.account = MemoryAccount()
+        self.resident_before: int | None = None
         self.stopped_by: int | None = None
+        self.checkpoint_every = 0.0
+        self.stored_at = time.monotonic()
 
     # ------------------------------------------------------------------ folder
 
@@ -148,34 +167,41 @@ class _Session:
         """Make the folder ready; a finished run that is resumed gives its result at once."""
         if self.folder is None:
             return None
-        stored = self._stored_config()
-        if resume and stored is not None:
+        try:
+            return self._open(self.folder, resume)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+
+    def _open(self, folder: Path, resume: bool) -> Result | None:
+        stored = self._stored_config(folder) if resume else None
+        if stored is not None:
             difference = first_difference(stored, self.config)
             if difference is not None:
                 key, before, now = difference
                 raise ContlearnError(
-                    f"{self.folder / CONFIG}: cannot resume, {key} was {before!r} and is now {now!r}; expected the "
+                    f"{folder / CONFIG}: cannot resume, {key} was {before!r} and is now {now!r}; expected the "
                     "configuration the run was started with"
                 )
-            if (self.folder / MODEL).exists():
-                self.progress.message(f"{self.folder}: already complete, nothing to resume")
-                return Result(results_module.write(self.folder), self.folder)
-        elif stored is not None or (self.folder / EVENTS).exists():
-            kept = _set_aside(self.folder)
-            self.progress.message(f"kept the earlier run as {kept} (--resume continues one instead)")
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ContlearnError(f"out: {str(self.folder)!r} exists and is not a run folder; choose another")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
-        atomic_write_text(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
-        self.recorder.open(self.folder / EVENTS)
+            if (folder / MODEL).exists():
+                self.progress.message(f"{folder}: already complete, nothing to resume")
+                return Result(results_module.write(folder), folder)
+        elif folder.exists():
+            # A killed process may have left temporary files and nothing else.
+            content = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+            content = {name for name in content if not name.startswith(".tmp-")}
+            if EVENTS in content or content == {CONFIG}:
+                kept = _set_aside(folder)
+                self.progress.message(f"kept the earlier run as {kept} (--resume continues one instead)")
+            elif content:
+                raise ContlearnError(f"out: {str(folder)!r} exists and is not a run folder; choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False))
+        self.recorder.open(folder / EVENTS)
         return None
 
-    def _stored_config(self) -> dict[str, Any] | None:
-        assert self.folder is not None
-        path = self.folder / CONFIG
+    @staticmethod
+    def _stored_config(folder: Path) -> dict[str, Any] | None:
+        path = folder / CONFIG
         if not path.exists():
             return None
         try:
@@ -195,11 +221,12 @@ class _Session:
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, frame: Any) -> None:
-            if self.stopped_by is not None:
-                raise KeyboardInterrupt
+            if self.stopped_by is not None or self.folder is None:
+                raise RunInterrupted(number, None)
             self.stopped_by = number
-            if not isinstance(self.strategy.experience, OnlineCLExperience) and hasattr(self.strategy, "interrupt"):
-                self.strategy.interrupt = self.folder is not None and self.strategy.is_training
+            # The small experiences of an online stream are soon over; only their ends are stored.
+            if not self.online and hasattr(self.strategy, "interrupt"):
+                self.strategy.interrupt = True
             self.progress.message("stopping as soon as the position is stored; once more stops at once")
 
         for number in before:
@@ -226,7 +253,7 @@ class _Session:
             )
             self.strategy.plugins = [evaluator if p is self.strategy.evaluator else p for p in plugins]
             original, self.strategy.evaluator = self.strategy.evaluator, evaluator
-        self.strategy.plugins.insert(0, self.recorder)
+        self.strategy.plugins[:0] = [self.account, self.recorder]
         try:
             yield
         finally:
@@ -264,12 +291,11 @@ class _Session:
             self._evaluate_untrained()
         if self.joint:
             if done == 0:
-                self._experience(0, len(self.train_stream), self.train_stream, row=0, inside=position)
+                self._experience(0, len(self.train_stream), self.train_stream, row=0)
         else:
             for index in range(done, len(self.train_stream)):
                 row = sum(boundary < index for boundary in boundaries)
-                self._experience(index, index + 1, [self.train_stream[index]], row=row, inside=position)
-                position = None
+                self._experience(index, index + 1, [self.train_stream[index]], row=row)
         return self._finish()
 
     def _restore(self) -> Position | None:
@@ -280,25 +306,29 @@ class _Session:
         with self._recorder_apart():
             self.checkpoints.load_boundary(self.strategy, self.train_stream)
         if position.inside:
-            self.strategy.resume_from = self._restore_inside
+            self.checkpoints.check_inside()
+            self.strategy.resume_from = lambda: self._restore_inside(position)
+        else:
+            self.recorder.restore(position.counters)
         return position
 
-    def _restore_inside(self) -> None:
+    def _restore_inside(self, position: Position) -> None:
         assert self.checkpoints is not None
         with self._recorder_apart():
             self.checkpoints.load_inside(self.strategy)
+        self.recorder.restore(position.counters)
 
     @contextlib.contextmanager
     def _recorder_apart(self) -> Iterator[None]:
-        """The strategy's plug-ins without our recorder: those a checkpoint describes."""
+        """The strategy's plug-ins without those that watch the run: those a checkpoint describes."""
         plugins = self.strategy.plugins
-        self.strategy.plugins = [plugin for plugin in plugins if plugin is not self.recorder]
+        self.strategy.plugins = [plugin for plugin in plugins if plugin not in (self.account, self.recorder)]
         try:
             yield
         finally:
             self.strategy.plugins = plugins
 
-    def _experience(self, index: int, done: int, experiences: list[Any], *, row: int, inside: Position | None) -> None:
+    def _experience(self, index: int, done: int, experiences: list[Any], *, row: int) -> None:
         """Train on one experience (or all, jointly), evaluate, store."""
         boundary = self.joint or _is_last_piece(experiences[-1])
         self.recorder.start_experience(row, experiences, first=index == 0 or _is_first_piece(experiences[0]))
@@ -307,16 +337,27 @@ class _Session:
         except BaseException as error:
             if type(error).__name__ != "Interrupted":
                 raise
-            self.strategy.interrupt = False
+            self.recorder.stopped()
             self._store(index, inside=True)
             self._stop()
         self.recorder.trained(experiences)
         if boundary:
+            self._record_memory(row)
             self._evaluate(row)
         if boundary or self.stopped_by is not None:
             self._store(done)
         if self.stopped_by is not None:
             self._stop()
+
+    def _record_memory(self, row: int) -> None:
+        """The account of the experience, with the measured peak where this process can tell."""
+        report = self.account.close_experience(self.strategy)
+        record = report.as_record()
+        if self.strategy.device.type == "cuda":
+            record["peak_measured"] = torch.cuda.max_memory_allocated(self.strategy.device)
+        elif self.resident_before is not None:
+            record["peak_measured"] = resident_bytes("VmHWM") - self.resident_before
+        self.recorder.append("memory", after=row, **record)
 
     def _evaluate(self, row: int) -> None:
         """Evaluate on every test experience; one whose classes were all never seen has no correct answer."""
@@ -342,18 +383,24 @@ class _Session:
     def _store(self, done: int, *, inside: bool = False) -> None:
         if self.checkpoints is None:
             return
+        if self.stopped_by is None and time.monotonic() - self.stored_at < self.checkpoint_every:
+            return
         try:
             with self._recorder_apart():
-                self.checkpoints.save(self.strategy, done, inside=inside)
+                self.checkpoints.save(self.strategy, done, inside=inside, counters=self.recorder.counters())
+            self.stored_at = time.monotonic()
         except Unstorable as error:
             self.progress.message(f"this run cannot be resumed: {error}")
             self.checkpoints = None
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
+        if hasattr(self.strategy, "interrupt"):
+            self.strategy.interrupt = False
         self.recorder.append("interrupted", signal=int(self.stopped_by or signal.SIGINT))
         if self.folder is not None:
             results_module.write(self.folder)
-        raise RunInterrupted(int(self.stopped_by or signal.SIGINT), self.folder)
+        stored = self.folder if self.checkpoints is not None else None
+        raise RunInterrupted(int(self.stopped_by or signal.SIGINT), stored)
 
     def _finish(self) -> Result:
         self.recorder.append("end")
@@ -379,7 +426,8 @@ def first_difference(stored: Any, given: Any, path: str = "") -> tuple[str, Any,
 
 def _set_aside(folder: Path) -> Path:
     """Rename a run folder to the next free ``NAME.N``."""
-    taken = [int(m.group(1)) for p in folder.parent.glob(f"{folder.name}.*") if (m := re.search(r"\.(\d+)$", p.name))]
+    numbered = re.compile(re.escape(folder.name) + r"\.(\d+)")
+    taken = [int(m.group(1)) for p in folder.parent.iterdir() if (m := numbered.fullmatch(p.name))]
     kept = folder.with_name(f"{folder.name}.{max(taken, default=0) + 1}")
     try:
         folder.rename(kept)
@@ -388,24 +436,32 @@ def _set_aside(folder: Path) -> Path:
     return kept
 
 
-def _open_loggers(names: Sequence[Logger], folder: Path | None) -> list[Any]:
-    if not names:
-        return []
-    if folder is None:
+def _as_plain(value: Any) -> Any:
+    """What JSON does not know: numbers of NumPy and PyTorch, and anything else as text."""
+    return value.item() if getattr(value, "shape", None) == () else str(value)
+
+
+def _check_loggers(names: Sequence[Logger], out: str | Path | None) -> None:
+    if isinstance(names, str) or not set(names) <= set(get_args(Logger)):
+        raise ContlearnError(f"loggers: expected a list of tensorboard and csv, got {names!r}")
+    if names and out is None:
         raise ContlearnError("loggers: tensorboard and csv write into the run folder; give out as well")
+
+
+def _open_loggers(names: Sequence[Logger], folder: Path | None) -> list[Any]:
+    if not names or folder is None:
+        return []
     from avalanche.logging import CSVLogger, TensorboardLogger
 
     opened: list[Any] = []
     for name in names:
         if name == "tensorboard":
             opened.append(TensorboardLogger(tb_log_dir=str(folder / "tensorboard")))
-        elif name == "csv":
+        else:
             # Avalanche opens its files anew: a resumed run writes beside what is there.
             target = folder / "csv"
             target = target if not target.exists() else _next_free(target)
             opened.append(CSVLogger(log_folder=str(target)))
-        else:
-            raise ContlearnError(f"loggers: expected tensorboard or csv, got {name!r}")
     return opened
 
 

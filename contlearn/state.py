@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from avalanche.benchmarks import CLExperience, CLScenario
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
+from avalanche.models.dynamic_modules import DynamicModule
 from avalanche.models.utils import avalanche_model_adaptation
+from safetensors import SafetensorError
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -65,7 +68,15 @@ TRANSIENT = frozenset(
     ]
 )
 KEPT = {"$kept": True}
-_PLAIN = (bool, int, float, str)
+_PLAIN = (bool, int, float, str, Tensor)
+_SEQUENCES: dict[str, Any] = {
+    "$list": list,
+    "$tuple": tuple,
+    "$deque": collections.deque,
+    "$set": set,
+    "$frozenset": frozenset,
+}
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 _FUNCTIONS = (
     types.FunctionType,
     types.BuiltinFunctionType,
@@ -140,6 +151,7 @@ class Encoder:
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []
         self._modules = {id(module): name for name, module in strategy.model.named_modules()}
+        self._weights = {id(tensor): name for name, tensor in _named_tensors(strategy.model)}
         self._plugins = {id(plugin): index for index, plugin in enumerate(strategy.plugins)}
 
     def strategy_state(self) -> dict[str, Any]:
@@ -162,26 +174,20 @@ class Encoder:
             return value
         if isinstance(value, float):
             return value if math.isfinite(value) else {"$float": repr(value)}
-        if isinstance(value, np.generic):
+        if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
             return self.value(value.item(), path)
-        if isinstance(value, np.ndarray):
-            return {"$array": self._tensor(torch.from_numpy(value), path)}
-        if isinstance(value, Tensor):
-            return {"$tensor": self._tensor(value, path)}
-        if isinstance(value, torch.Generator):
-            return {"$generator": self._tensor(value.get_state(), path)}
-        if isinstance(value, random.Random):
-            return {"$random": _listed(value.getstate())}
         if isinstance(value, (torch.device, torch.dtype, *_FUNCTIONS)):
             return KEPT
         if value is self.strategy:
             return {"$strategy": True}
         if id(value) in self._modules:
             return {"$submodule": self._modules[id(value)]}
+        if id(value) in self._weights:
+            return {"$weight": self._weights[id(value)]}
         if id(value) in self._plugins and not top:
             return {"$plugin": self._plugins[id(value)]}
-        if isinstance(value, Optimizer):
-            return {"$optimizer": True} if value is self.strategy.optimizer else KEPT
+        if value is self.strategy.optimizer:
+            return {"$optimizer": True}
         if isinstance(value, CLExperience):
             return {"$experience": [value.origin_stream.name, value.logging().current_experience]}
         if isinstance(value, CLScenario):
@@ -193,14 +199,21 @@ class Encoder:
         return {"$id": number, **self._composite(value, path, top=top)}
 
     def _composite(self, value: Any, path: str, *, top: bool) -> dict[str, Any]:
+        if isinstance(value, Tensor):
+            leaf = value.requires_grad and value.is_leaf
+            return {"$tensor": self._tensor(value, path), **({"requires_grad": True} if leaf else {})}
+        if isinstance(value, np.ndarray):
+            return {"$array": self._tensor(_from_array(value, path), path)}
+        if isinstance(value, torch.Generator):
+            return {"$generator": self._tensor(value.get_state(), path)}
+        if isinstance(value, random.Random):
+            return {"$random": _listed(value.getstate())}
         if isinstance(value, dict):
             pairs = [[self.value(k, f"{path}.key"), self.value(v, f"{path}.{k}")] for k, v in value.items()]
             return {"$dict": pairs}
-        for kind, tag in ((list, "$list"), (tuple, "$tuple"), (collections.deque, "$deque")):
+        for tag, kind in _SEQUENCES.items():
             if isinstance(value, kind):
                 return {tag: [self.value(item, f"{path}.{index}") for index, item in enumerate(value)]}
-        if isinstance(value, set | frozenset):
-            return {"$set": [self.value(item, path) for item in sorted(value, key=repr)]}
         if isinstance(value, AvalancheDataset):
             return self._dataset(value, path)
         if isinstance(value, nn.Module):
@@ -217,17 +230,20 @@ class Encoder:
         }
 
     def _tensor(self, tensor: Tensor, path: str) -> str:
-        key, count = path, 0
+        if tensor.layout is not torch.strided or not _has_stored_form(tensor.dtype):
+            raise Unstorable(f"{path}: a tensor of {tensor.layout}, {tensor.dtype} has no stored form")
+        plain = key = path.encode("ascii", "backslashreplace").decode()
+        count = 0
         while key in self.tensors:
             count += 1
-            key = f"{path}#{count}"
+            key = f"{plain}#{count}"
         self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
         return key
 
     def _module(self, module: nn.Module, path: str) -> dict[str, Any]:
         attributes: dict[str, dict[str, Any]] = {}
         for name, child in module.named_modules():
-            plain = {k: v for k, v in vars(child).items() if not k.startswith("_") and _is_plain(v)}
+            plain = {k: v for k, v in vars(child).items() if k not in _MODULE_INTERNALS and _is_plain(v)}
             attributes[name] = {key: self.value(value, f"{path}.{name}.{key}") for key, value in plain.items()}
         return {
             "tensors": {name: self._tensor(tensor, f"{path}.{name}") for name, tensor in _named_tensors(module)},
@@ -279,6 +295,7 @@ class Decoder:
         self.samples = samples
         self.tensors = tensors
         self._made: dict[int, Any] = {}
+        self._filled: dict[int, Any] = {}
 
     def strategy_state(self, state: dict[str, Any], *, experiences_done: Iterable[Any] = ()) -> None:
         """Restore everything :meth:`Encoder.strategy_state` described.
@@ -294,8 +311,13 @@ class Decoder:
         self._load_optimizer(state["optimizer"])
         for plugin, stored in zip(strategy.plugins, state["plugins"], strict=True):
             self.value(stored, plugin)
-        for key, stored in state["attributes"].items():
-            vars(strategy)[key] = self.value(stored, vars(strategy).get(key))
+        self._fill(vars(strategy), state["attributes"])
+
+    def _fill(self, attributes: dict[str, Any], stored: dict[str, Any]) -> None:
+        """Restore attributes; one that was left out and that this object never had (a function, say) stays absent."""
+        for key, item in stored.items():
+            if item != KEPT or key in attributes:
+                attributes[key] = self.value(item, attributes.get(key))
 
     def value(self, stored: Any, current: Any = None) -> Any:
         """The stored value, written into ``current`` where that is possible."""
@@ -306,18 +328,17 @@ class Decoder:
         if "$same" in stored:
             return self._made[stored["$same"]]
         simple = self._simple(stored, current)
-        if simple is not NotImplemented:
-            return simple
-        return self._restore(stored, current)
+        if simple is NotImplemented:
+            return self._restore(stored, current)
+        if "$id" in stored:
+            self._made[stored["$id"]] = simple
+        return simple
 
     def _simple(self, stored: dict[str, Any], current: Any) -> Any:
         if "$float" in stored:
             return float(stored["$float"])
         if "$tensor" in stored:
-            tensor = self.tensors[stored["$tensor"]]
-            device = current.device if isinstance(current, Tensor) else self.strategy.device
-            # Avalanche keeps bookkeeping such as reservoir weights on the CPU: a tensor goes where its like was.
-            return tensor.clone().to(device if current is not None else "cpu")
+            return self._tensor(stored, current)
         if "$array" in stored:
             return self.tensors[stored["$array"]].numpy().copy()
         if "$generator" in stored:
@@ -332,6 +353,9 @@ class Decoder:
             return self.strategy
         if "$submodule" in stored:
             return self.strategy.model.get_submodule(stored["$submodule"])
+        if "$weight" in stored:
+            owner, _, name = stored["$weight"].rpartition(".")
+            return getattr(self.strategy.model.get_submodule(owner), name)
         if "$plugin" in stored:
             return self.strategy.plugins[stored["$plugin"]]
         if "$optimizer" in stored:
@@ -344,7 +368,7 @@ class Decoder:
     def _restore(self, stored: dict[str, Any], current: Any) -> Any:
         number = stored["$id"]
         if "$dict" in stored:
-            target = current if isinstance(current, dict) else {}
+            target = self._once(current) if isinstance(current, dict) else {}
             self._made[number] = target
             before = dict(target)
             target.clear()
@@ -352,18 +376,9 @@ class Decoder:
                 plain_key = self.value(key)
                 target[plain_key] = self.value(item, before.get(plain_key))
             return target
-        for tag, kind in (("$list", list), ("$tuple", tuple), ("$deque", collections.deque), ("$set", set)):
+        for tag in _SEQUENCES:
             if tag in stored:
-                old = list(current) if isinstance(current, list | tuple) and len(current) == len(stored[tag]) else []
-                items = [self.value(i, old[n] if old else None) for n, i in enumerate(stored[tag])]
-                if isinstance(current, collections.deque):
-                    made: Any = collections.deque(items, maxlen=current.maxlen)
-                elif isinstance(current, torch.Size):
-                    made = torch.Size(items)
-                else:
-                    made = kind(items)
-                self._made[number] = made
-                return made
+                return self._sequence(number, tag, stored[tag], current)
         if "$dataset" in stored:
             self._made[number] = self._dataset(stored["$dataset"], current)
         elif "$module" in stored:
@@ -377,6 +392,36 @@ class Decoder:
             self._object(number, stored, current)
         return self._made[number]
 
+    def _tensor(self, stored: dict[str, Any], current: Any) -> Tensor:
+        tensor = self.tensors[stored["$tensor"]]
+        if isinstance(current, nn.Parameter) and current.shape == tensor.shape:
+            with torch.no_grad():  # in place: an optimizer may hold it
+                return current.copy_(tensor)
+        # Avalanche keeps bookkeeping such as reservoir weights on the CPU: a tensor goes where its like was.
+        device = current.device if isinstance(current, Tensor) else self.strategy.device
+        made = tensor.clone().to(device if current is not None else "cpu")
+        return made.requires_grad_("requires_grad" in stored)
+
+    def _sequence(self, number: int, tag: str, stored: list[Any], current: Any) -> Any:
+        old = list(current) if isinstance(current, list | tuple) and len(current) == len(stored) else []
+        items = (self.value(item, old[place] if old else None) for place, item in enumerate(stored))
+        if tag in ("$list", "$deque"):  # these may hold themselves, so they exist before their items do
+            made: Any = collections.deque(maxlen=getattr(current, "maxlen", None)) if tag == "$deque" else []
+            self._made[number] = made
+            for item in items:
+                made.append(item)
+            return made
+        made = torch.Size(items) if isinstance(current, torch.Size) else _SEQUENCES[tag](items)
+        self._made[number] = made
+        return made
+
+    def _once(self, current: Any) -> Any:
+        """``current``, or a copy when another stored object was put into it: they had parted when they were stored."""
+        if id(current) in self._filled:
+            current = copy.deepcopy(current) if isinstance(current, nn.Module) else copy.copy(current)
+        self._filled[id(current)] = current
+        return current
+
     def _object(self, number: int, stored: dict[str, Any], current: Any) -> None:
         module, name = stored["$object"].split(":")
         if f"{type(current).__module__}:{type(current).__qualname__}" != stored["$object"]:
@@ -386,9 +431,8 @@ class Decoder:
             if not isinstance(kind, type) or not _trusted(kind):
                 raise ContlearnError(f"checkpoint: cannot re-create an object of class {stored['$object']}")
             current = object.__new__(kind)
-        self._made[number] = current
-        for key, item in stored["state"].items():
-            vars(current)[key] = self.value(item, vars(current).get(key))
+        current = self._made[number] = self._once(current)
+        self._fill(vars(current), stored["state"])
 
     def _dataset(self, stored: dict[str, Any], current: Any) -> AvalancheDataset[Any]:
         experience = self.tensors[stored["experience"]].numpy()
@@ -404,7 +448,9 @@ class Decoder:
 
     def _standalone_module(self, stored: dict[str, Any], current: Any) -> nn.Module:
         """A module beside the model (a teacher, an initial copy): a copy of the model until its weights are put in."""
-        module = current if isinstance(current, nn.Module) else copy.deepcopy(self.strategy.model)
+        module: nn.Module = (
+            self._once(current) if isinstance(current, nn.Module) else copy.deepcopy(self.strategy.model)
+        )
         self._load_module(module, stored)
         return module
 
@@ -423,6 +469,7 @@ class Decoder:
             raise ContlearnError(f"checkpoint: the stored model and this one differ in {missing[0]!r}")
         frozen = set(stored["frozen"])
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        growing = [name for name, child in module.named_modules() if name and isinstance(child, DynamicModule)]
         for name, key in stored["tensors"].items():
             parent_name, _, leaf = name.rpartition(".")
             parent = module.get_submodule(parent_name)
@@ -432,6 +479,11 @@ class Decoder:
                 if held.shape == tensor.shape:
                     with torch.no_grad():
                         held.copy_(tensor)
+                elif not any(name.startswith(f"{head}.") for head in growing):
+                    raise ContlearnError(
+                        f"checkpoint: the stored model and this one differ in {name!r}: its shape was "
+                        f"{tuple(tensor.shape)} and is now {tuple(held.shape)}"
+                    )
                 else:
                     parent._parameters[leaf] = nn.Parameter(tensor.clone())
                 parent._parameters[leaf].requires_grad_(name not in frozen)  # type: ignore[union-attr]
@@ -439,8 +491,7 @@ class Decoder:
                 parent._buffers[leaf] = tensor.clone()
         for name, attributes in stored["attributes"].items():
             child = module.get_submodule(name)
-            for key, item in attributes.items():
-                vars(child)[key] = self.value(item, vars(child).get(key))
+            self._fill(vars(child), attributes)
 
     def _load_optimizer(self, stored: dict[str, Any]) -> None:
         strategy = self.strategy
@@ -458,9 +509,7 @@ class Decoder:
                 key: value.to(weight.device) if isinstance(value, Tensor) and value.dim() else value
                 for key, value in held.items()
             }
-        if (
-            getattr(strategy, "optimized_param_id", None) is None and hasattr(strategy, "optimized_param_id")
-        ) or hasattr(strategy, "optimized_param_id"):
+        if hasattr(strategy, "optimized_param_id"):
             strategy.optimized_param_id = named
 
 
@@ -492,7 +541,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed PyTorch (all devices), NumPy and Python's ``random``."""
+    """Seed PyTorch (all devices), NumPy and Python's ``random``.
+
+    Raises:
+        ContlearnError: a seed outside 0..2**63-1.
+    """
+    if not 0 <= seed < 2**63:
+        raise ContlearnError(f"seed: expected 0..2**63-1, got {seed}")
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -512,6 +567,24 @@ def _excluded(value: Any) -> tuple[str, ...]:
 
 def _trusted(kind: type) -> bool:
     return f"{kind.__module__}.".startswith(TRUSTED_PACKAGES) and hasattr(kind, "__dict__")
+
+
+@functools.cache
+def _has_stored_form(dtype: torch.dtype) -> bool:
+    try:
+        save_tensors({"": torch.empty(0, dtype=dtype)})
+    except (LookupError, ValueError, TypeError, RuntimeError, SafetensorError):
+        return False
+    return True
+
+
+def _from_array(array: np.ndarray, path: str) -> Tensor:
+    try:
+        if type(array) is np.ndarray:
+            return torch.from_numpy(np.array(array, order="C"))
+    except (TypeError, ValueError):
+        pass
+    raise Unstorable(f"{path}: a {type(array).__qualname__} of {array.dtype} has no stored form")
 
 
 def _is_plain(value: Any) -> bool:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from contlearn.memory.holdings import Holdings, model_tensors
+from contlearn.memory.holdings import Holdings, model_tensors, optimizer_tensors
 from contlearn.memory.saved import LiveStorages, SavedForBackward, unique_bytes
 
 
@@ -63,56 +62,75 @@ class MemoryReport:
 
 
 class MemoryAccount(SupervisedPlugin):
-    """A plug-in that measures one training step of every experience, and what is left after it.
+    """A plug-in that measures the first two training steps of every experience, and what is left after it.
 
-    Put it first in ``strategy.plugins``: a method may already run the network in front of the step. The step is the
-    second of the experience where there is one (the first allocates the optimizer's state).
+    Put it first in ``strategy.plugins``: a method may already run the network in front of the step. Two steps, of which
+    the larger figures count: the first finds no gradients yet, the second may be the last and have a smaller batch.
 
     Args:
         record: called with each report after training on an experience.
+
+    Attributes:
+        reports: one per experience.
+        working: peak of the measured steps of this experience without the exemplars.
     """
 
     memory_exempt = True
-    checkpoint_exclude = ("_record", "_step", "_stack", "_saved", "_live", "_held", "_sampled")
+    checkpoint_exclude = ("_record", "_stack", "_saved", "_live", "_held", "_arrays")
 
     def __init__(self, record: Callable[[MemoryReport], None] | None = None) -> None:
         super().__init__()
         self._record = record
         self.reports: list[MemoryReport] = []
-        self._sampled: dict[str, int] | None = None
+        self.working = 0
+        self._sampled: dict[str, int] = {}
         self._step = 0
         self._asleep = False
         self._stack: contextlib.ExitStack | None = None
         self._saved: SavedForBackward | None = None
         self._live: LiveStorages | None = None
         self._held: dict[str, int] = {}
+        self._arrays: list[Tensor] = []
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Look at a step of this experience."""
-        self._step, self._sampled = 0, None
+        """Look at steps of this experience."""
         experience = strategy.experience.logging()
-        # The pieces of an online stream are too many to look at each: the last one stands for its experience.
-        self._asleep = not getattr(experience, "is_last_subexp", True)
+        # The pieces of an online stream are too many to look at each: the first (of full size) and the last (which may
+        # be smaller, but has seen all classes) stand for the experience they were cut from.
+        first = getattr(experience, "is_first_subexp", True)
+        if first:
+            self._sampled, self.working = {}, 0
+        self._step = 0
+        self._asleep = not (first or getattr(experience, "is_last_subexp", True))
+        self._release_after(strategy)
+
+    def _release_after(self, strategy: Any) -> None:
+        """Let nothing be watched any more when training on this experience ends, by an exception inside a step too."""
+        train = strategy._train_exp
+
+        def train_and_release(*args: Any, **kwargs: Any) -> Any:
+            vars(strategy).pop("_train_exp", None)
+            try:
+                return train(*args, **kwargs)
+            finally:
+                self._release()
+
+        strategy._train_exp = train_and_release
 
     def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
-        """Start to watch, at the second step or at the only one."""
-        if self._asleep:
-            return
+        """Start to watch."""
         self._step += 1
-        last = self._step == len(strategy.dataloader) and strategy.clock.train_exp_epochs + 1 == strategy.train_epochs
-        if self._sampled is not None or self._stack is not None or not (self._step == 2 or last):
+        if self._asleep or self._step > 2:
             return
         holdings = Holdings(strategy)
-        own = [*model_tensors(strategy.model), *optimizer_tensors(strategy.optimizer)]
+        held = [*model_tensors(strategy.model), *optimizer_tensors(strategy.optimizer), *holdings.tensors()]
         gradients = [p.grad for p in strategy.model.parameters() if p.grad is not None]
-        self._saved = SavedForBackward(own)
-        known = [*own, *holdings.tensors(), *(strategy.mbatch or [])]
-        self._live = LiveStorages(known, tracked=gradients)
-        batch = unique_bytes(t for t in strategy.mbatch or [] if isinstance(t, Tensor))
-        self._held = {
-            "base": unique_bytes([*own, *holdings.tensors()]) + batch,
-            "replay": holdings.replay_bytes(),
-        }
+        last = [*(strategy.mbatch or []), strategy.mb_output, strategy.loss]
+        # What stands for an array is alive only here; of everything else, only its owner may decide.
+        self._arrays = [tensor for tensor in held if tensor.is_meta]
+        self._saved = SavedForBackward(held)
+        self._live = LiveStorages(tracked=[*held, *gradients, *(t for t in last if isinstance(t, Tensor))])
+        self._held = {"replay": holdings.replay_bytes()}
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(self._saved.watching())
         self._stack.enter_context(self._live)
@@ -122,28 +140,26 @@ class MemoryAccount(SupervisedPlugin):
         if self._stack is not None:
             self._held["gradients"] = gradient_bytes(strategy)
 
-    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """A step that an exception cut short must not be watched for ever."""
-        self._release()
-
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Stop watching and note the figures."""
         if self._stack is None or self._saved is None or self._live is None:
             return
-        self._release()
-        holdings = Holdings(strategy)
-        self._sampled = {
+        found = {
             "gradients": self._held.get("gradients", gradient_bytes(strategy)),
             "activations": self._saved.peak,
-            "peak_static": self._held["base"] + self._held["replay"] + self._live.peak,
-            **{f"method_state.{name}": size for name, size in holdings.state_bytes().items()},
+            "peak_static": self._held["replay"] + self._live.peak,
         }
-        self._saved = self._live = None
+        self.working = max(self.working, self._live.peak)
+        self._release()
+        found.update({f"method_state.{name}": size for name, size in Holdings(strategy).state_bytes().items()})
+        for name, size in found.items():
+            self._sampled[name] = max(size, self._sampled.get(name, 0))
 
     def _release(self) -> None:
         if self._stack is not None:
             self._stack.close()
-            self._stack = None
+        self._stack = self._saved = self._live = None
+        self._arrays = []
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Nothing: other plug-ins update their memories in this hook; :meth:`close_experience` comes after them all."""
@@ -151,7 +167,7 @@ class MemoryAccount(SupervisedPlugin):
     def close_experience(self, strategy: Any) -> MemoryReport:
         """The report of the experience that was just trained on."""
         self._release()
-        report = snapshot(strategy, self._sampled or {})
+        report = snapshot(strategy, self._sampled)
         self.reports.append(report)
         if self._record is not None:
             self._record(report)
@@ -186,6 +202,7 @@ def snapshot(strategy: Any, step: dict[str, int] | None = None) -> MemoryReport:
     weights = unique_bytes(model_tensors(strategy.model))
     optimizer = unique_bytes(optimizer_tensors(strategy.optimizer))
     state, replay = holdings.state_bytes(), holdings.replay_bytes()
+    lasting = sum(Holdings(strategy, lasting=True).state_bytes().values())
     kept = 0 if getattr(strategy, "reset_optimizer", False) else optimizer
     during = {key.removeprefix("method_state."): size for key, size in step.items() if key.startswith("method_state.")}
     resident = weights + optimizer + sum(state.values()) + replay
@@ -198,14 +215,9 @@ def snapshot(strategy: Any, step: dict[str, int] | None = None) -> MemoryReport:
         replay=replay,
         method_state={name: max(state.get(name, 0), during.get(name, 0)) for name in sorted({*state, *during})},
         exemplars=holdings.exemplar_count(),
-        persistent=weights + kept + sum(state.values()) + replay,
+        persistent=weights + kept + lasting + replay,
         peak_static=max(step.get("peak_static", 0), resident),
     )
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Tensors an optimizer keeps per parameter."""
-    return [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
 
 
 def gradient_bytes(strategy: Any) -> int:

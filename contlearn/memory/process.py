@@ -47,6 +47,20 @@ def reset_high_water_mark() -> None:
         raise ContlearnError(f"memory: cannot reset the high-water mark through {CLEAR_REFS} ({error})") from error
 
 
+def mark() -> int | None:
+    """Resident bytes of now, with the high-water mark set back to it; ``None`` where the system cannot tell.
+
+    Call it once the data is there and libraries are warm (:func:`warm_up`), before the model is made.
+    """
+    warm_up()
+    release_freed()
+    try:
+        reset_high_water_mark()
+        return resident_bytes()
+    except ContlearnError:
+        return None
+
+
 def release_freed() -> None:
     """Collect garbage and hand freed memory back to the system, where the allocator can."""
     gc.collect()
@@ -114,11 +128,11 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from contlearn import config as configuration
-    from contlearn.memory.account import MemoryAccount, StopAfter
+    from contlearn.memory.account import MemoryAccount, StopAfter, snapshot
 
     resolved = request["config"]
     stream = configuration.make_stream(resolved)
-    _warm_up()
+    warm_up()
     # Once in vain: what is imported on the way (timm, plug-ins) is code, not memory of the step.
     configuration.build_on(stream, resolved)
     release_freed()
@@ -134,9 +148,9 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     joint = getattr(strategy, "trains_jointly", False)
     strategy.train(stream.train_stream if joint else stream.train_stream[0], eval_streams=[])
     peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM") - before
-    report = account.close_experience(strategy)
+    resting = snapshot(strategy)
     # Exemplars are indices into the stream here; a device would hold the pixels.
-    static = report.peak_static - report.replay
+    static = max(account.working, resting.peak_static - resting.replay)
     return {
         "peak_measured": peak,
         "peak_static": static,
@@ -146,7 +160,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _warm_up() -> None:
+def warm_up() -> None:
     """Let kernels and thread pools make what they keep for good, on a network too small to matter."""
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,20 +13,42 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_ROWS = ("crow_indices", "col_indices", "values")
+_COLUMNS = ("ccol_indices", "row_indices", "values")
+_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _ROWS,
+    torch.sparse_bsr: _ROWS,
+    torch.sparse_csc: _COLUMNS,
+    torch.sparse_bsc: _COLUMNS,
+}
 
-def storage_key(tensor: Tensor) -> int:
-    """Identity of a tensor's storage while it is alive."""
-    return int(tensor.untyped_storage()._cdata)
+
+def storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The storages behind a tensor: one, or those of the indices and values of a sparse one."""
+    if tensor.layout is torch.strided:
+        return [tensor.untyped_storage()]
+    return [getattr(tensor, part)().untyped_storage() for part in _PARTS.get(tensor.layout, ())]
 
 
-def storage_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's whole storage: a saved view keeps all of it alive."""
-    return int(tensor.untyped_storage().nbytes())
+def key_of(storage: torch.UntypedStorage) -> int:
+    """Identity of a storage while it is alive."""
+    return int(storage._cdata)
+
+
+def by_key(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The storages behind tensors by identity: each once, whole, since a view keeps all of its storage alive."""
+    return {key_of(storage): storage for tensor in tensors for storage in storages(tensor)}
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind tensors, each storage once."""
-    return sum({storage_key(tensor): storage_bytes(tensor) for tensor in tensors}.values())
+    return sum(int(storage.nbytes()) for storage in by_key(tensors).values())
+
+
+def _weakly(tensors: Iterable[Tensor]) -> weakref.WeakValueDictionary[int, torch.UntypedStorage]:
+    """Storages by identity for as long as they live: what is freed may leave its identity to another."""
+    return weakref.WeakValueDictionary(by_key(tensors))
 
 
 class _Held:
@@ -52,10 +75,9 @@ class SavedForBackward:
     """
 
     def __init__(self, exclude: Iterable[Tensor]) -> None:
-        # Keep them alive: a key is only unique while its storage is.
-        self._excluded_tensors = list(exclude)
-        self._excluded = {storage_key(tensor) for tensor in self._excluded_tensors}
+        self._excluded = _weakly(exclude)
         self._uses: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
         self.live = 0
         self.peak = 0
 
@@ -68,24 +90,25 @@ class SavedForBackward:
     def _pack(self, tensor: Tensor) -> _Held:
         # Detached: an output that held its own graph through this object would never be freed.
         held = _Held(tensor.detach())
-        key = storage_key(tensor)
-        if key not in self._excluded:
+        for key, storage in by_key([tensor]).items():
+            if key in self._excluded:
+                continue
             if key not in self._uses:
-                self._uses[key] = 0
-                self.live += storage_bytes(tensor)
+                self._uses[key], self._sizes[key] = 0, int(storage.nbytes())
+                self.live += self._sizes[key]
                 self.peak = max(self.peak, self.live)
             self._uses[key] += 1
-            weakref.finalize(held, self._release, key, storage_bytes(tensor))
+            weakref.finalize(held, self._release, key)
         return held
 
     def _unpack(self, held: _Held) -> Tensor:
         return held.tensor
 
-    def _release(self, key: int, size: int) -> None:
+    def _release(self, key: int) -> None:
         self._uses[key] -= 1
         if self._uses[key] == 0:
             del self._uses[key]
-            self.live -= size
+            self.live -= self._sizes.pop(key)
 
 
 class LiveStorages(TorchDispatchMode):
@@ -93,18 +116,18 @@ class LiveStorages(TorchDispatchMode):
 
     Args:
         known: tensors that exist already and are accounted for elsewhere.
-        tracked: tensors that exist already and may be freed inside (gradients of the last step); they count as live.
+        tracked: tensors that exist already and count as live until they are freed.
 
     Attributes:
         live: bytes alive now.
         peak: largest ``live`` so far.
     """
 
-    def __init__(self, known: Iterable[Tensor], tracked: Iterable[Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[Tensor] = (), tracked: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._known_tensors = list(known)
-        self._known = {storage_key(tensor) for tensor in self._known_tensors}
-        self._references: dict[int, weakref.ref[Any]] = {}
+        self._known = _weakly(known)
+        self._sizes: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.live = 0
         self.peak = 0
         for tensor in tracked:
@@ -121,15 +144,24 @@ class LiveStorages(TorchDispatchMode):
         return out
 
     def _track(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = int(storage._cdata), int(storage.nbytes())
-        if key in self._known or key in self._references or size == 0:
-            return
+        for key, storage in by_key([tensor]).items():
+            if key in self._known:
+                continue
+            if key not in self._references:
+                # Not ``self``: its weak references would keep it alive, and they go when it goes.
+                died = functools.partial(_died, weakref.ref(self), key)
+                self._references[key] = weakref.ref(storage, died)
+            size = int(storage.nbytes())  # another than before where an operator resized it
+            self.live += size - self._sizes.get(key, 0)
+            self._sizes[key] = size
+            self.peak = max(self.peak, self.live)
 
-        def died(_: Any) -> None:
-            self._references.pop(key, None)
-            self.live -= size
+    def _forget(self, key: int) -> None:
+        del self._references[key]
+        self.live -= self._sizes.pop(key)
 
-        self._references[key] = weakref.ref(storage, died)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+
+def _died(owner: weakref.ref[LiveStorages], key: int, _: Any) -> None:
+    live = owner()
+    if live is not None:
+        live._forget(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from contlearn.errors import ContlearnError
 
@@ -15,10 +16,11 @@ def parse_bytes(value: int | float | str, name: str = "memory_budget") -> int:
     Raises:
         ContlearnError: not a positive amount of memory.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*", str(value))
+    # ASCII digits, and no more of them than Python is willing to turn into a number.
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{0,30})?|\.[0-9]{1,30})\s*([a-zA-Z]*)\s*", str(value))
     if isinstance(value, bool) or match is None or match.group(2).lower() not in _FACTORS:
         raise ContlearnError(f"{name}: expected bytes such as 65536, 64KB or 16MiB, got {value!r}")
-    amount = int(float(match.group(1)) * _FACTORS[match.group(2).lower()])
+    amount = int(Fraction(match.group(1)) * _FACTORS[match.group(2).lower()])  # a float makes 1000 of 1.001KB
     if amount < 1:
         raise ContlearnError(f"{name}: expected at least 1 byte, got {value!r}")
     return amount
