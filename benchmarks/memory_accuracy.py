@@ -3,9 +3,9 @@
     python benchmarks/memory_accuracy.py [--quick]
 
 For every model and batch size a fresh process builds the model on made-up images, trains a few steps (SGD with
-momentum, every weight) and reports the growth of its resident high-water mark; beside it, the static peak of the account
-for the same steps and their ratio. One thread, freed memory handed back to the system at once (glibc settings in the
-JSON). Goal on CPU: median ratio within 0.8-1.25, no row above 50 MB outside 0.6-1.6.
+momentum, every weight) and reports the growth of its resident high-water mark; beside it, the static peak of the
+account for the same steps and their ratio. One thread, freed memory handed back to the system at once (glibc
+settings in the JSON). Goal on CPU: median ratio within 0.8-1.25, no row above 50 MB outside 0.6-1.6.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ class CheckpointFolder:
             "schema": SCHEMA,
             "experiences_done": experiences_done,
             "inside": inside,
+            "device": strategy.device.type,
             "counters": dict(counters or {}),
             "strategy": encoder.strategy_state(),
             "rng": encoder.value(rng_state(), "rng"),
@@ -125,6 +126,11 @@ class CheckpointFolder:
         content = self._read(kind)
         if content is None:
             return
+        if content["device"] == "cpu" != strategy.device.type:
+            raise ContlearnError(
+                f"checkpoint {str(self.folder / f'{kind}.json')!r} was written on the CPU and strategy.device is now "
+                f"{strategy.device}; expected cpu"
+            )
         tensors = self._tensors(kind, content)
         decoder = Decoder(strategy, self.samples, tensors)
         try:

@@ -8,10 +8,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contlearn.errors import ContlearnError, unknown_name
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Whether this process has not run anything yet: its high-water mark then belongs to the run.
 FRESH = True
@@ -135,17 +137,25 @@ def _run(arguments: list[str]) -> int:
     plots.accuracy_per_experience([(resolved["strategy"]["name"], result.results)], folder / "accuracy.png")
     plots.accuracy_matrix(result.results, folder / "accuracy_matrix.png")
     if not options.quiet:
-        from rich.console import Console
-
         from contlearn.memory.show import render
 
-        console = Console()
+        console = _console()
         console.print(plots.table([(resolved["strategy"]["name"], result.results)]))
         if result.memory:
             console.print()
             console.print(render(result.memory))
         print(f"run folder: {folder}")
     return 0
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1
+            raise BrokenPipeError
+
+    return Terminal()
 
 
 def quiet_libraries() -> None:
@@ -162,20 +172,22 @@ def quiet_libraries() -> None:
 def _list(arguments: list[str]) -> int:
     parser = _Parser(prog="contlearn list", description="List what can be named in a configuration.")
     kinds = ("strategies", "scenarios", "models", "datasets")
-    parser.add_argument("kind", metavar="KIND", help=f"what to list: {', '.join(kinds)}")
+    parser.add_argument("kind", nargs="?", metavar="KIND", help=f"what to list: {', '.join(kinds)}")
     parser.add_argument("name", nargs="?", help="one entry (in full), or a shell-style pattern")
     options = parser.parse_args(arguments)
+    if options.kind is None:
+        raise ContlearnError(f"list: expected one of {', '.join(kinds)} after it")
     if options.kind not in kinds:
         raise unknown_name("kind", options.kind, kinds)
     rows, details = _registry(options.kind, options.name)
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = _console()
     if options.name and not set("*?[") & set(options.name):
         for key, value in details(options.name).items():
             if value not in ("", None, {}, ()):
-                console.print(f"[bold]{key}[/bold]: {value}", highlight=False)
+                console.print(f"[bold]{key}[/bold]: {escape(str(value))}", highlight=False)
         return 0
     if not rows:
         raise unknown_name(f"{options.kind} matching", options.name, _registry(options.kind, None)[0])
@@ -218,8 +230,23 @@ def _doctor(arguments: list[str]) -> int:
     return doctor.main(arguments)
 
 
+def _pareto(arguments: list[str]) -> int:
+    from contlearn.pareto import command
+
+    quiet_libraries()
+    return command.main(arguments)
+
+
+def _report(arguments: list[str]) -> int:
+    from contlearn.report import command
+
+    return command.main(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (_run, "train a strategy on a stream and evaluate it"),
+    "pareto": (_pareto, "sweep methods, memory budgets and seeds; find the memory-accuracy front"),
+    "report": (_report, "rebuild the pages of a sweep, a run or a folder of runs"),
     "list": (_list, "list strategies, scenarios, models or datasets"),
     "doctor": (_doctor, "check versions, devices, threads and data"),
 }

@@ -7,7 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Union
 
 from contlearn.errors import ContlearnError
@@ -27,7 +27,7 @@ class Option:
 
 
 def options_of(*sources: Callable[..., Any]) -> list[Option]:
-    """The keyword options of functions or classes, in order; the first to name an option wins.
+    """The keyword options of functions or classes, in order; the first to name, and to document, an option wins.
 
     Options that only Python can give (modules, plug-ins, callables) are left out.
     """
@@ -37,6 +37,8 @@ def options_of(*sources: Callable[..., Any]) -> list[Option]:
         function: Any = vars(source)["__init__"] if isinstance(source, type) else source
         function = inspect.unwrap(function)
         for name, parameter in inspect.signature(function).parameters.items():
+            if name in found and not found[name].help:
+                found[name] = replace(found[name], help=documented.get(name, ""))
             if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or name in found or name == "self":
                 continue
             if parameter.default is parameter.empty:

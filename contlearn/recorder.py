@@ -135,7 +135,7 @@ class Recorder(SupervisedPlugin):
         """Training on these experiences is complete."""
         self.stopped()
         for experience in experiences:
-            self.seen |= {int(label) for label in experience.classes_in_this_experience}
+            self.seen |= classes_of(experience)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Start the clock of an epoch."""
@@ -230,3 +230,9 @@ class Recorder(SupervisedPlugin):
                 iterations=self._iterations,
             )
         self.progress.evaluated(self.row, accuracy)
+
+
+def classes_of(experience: Any) -> set[int]:
+    """The labels of an experience; benchmarks made of ready data sets do not list them."""
+    found = getattr(experience, "classes_in_this_experience", None)
+    return {int(label) for label in (found if found is not None else experience.dataset.targets.uniques)}

@@ -26,7 +26,7 @@ from contlearn.files import atomic_write_bytes, atomic_write_text, unwritable
 from contlearn.memory.account import MemoryAccount
 from contlearn.memory.process import resident_bytes
 from contlearn.progress import Progress
-from contlearn.recorder import Recorder
+from contlearn.recorder import Recorder, classes_of
 from contlearn.state import Samples, Unstorable, seed_everything
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def run(
             "strategy": getattr(strategy, "spec", {"name": type(strategy).__name__}),
             "seed": seed,
         }
-    session = _Session(strategy, stream, config, Path(out) if out is not None else None, seed, quiet)
+    session = _Session(strategy, stream, config, Path(out) if out is not None else None, int(seed), quiet)
     session.checkpoint_every = checkpoint_every
     session.resident_before = resident_before
     done = session.open(resume)
@@ -156,6 +156,8 @@ class _Session:
         self.checkpoints = CheckpointFolder(folder / "checkpoint", self.samples) if folder is not None else None
         self.recorder = Recorder(self.test_stream, self.progress)
         self.account = MemoryAccount()
+        self.index = 0
+        self.stored_done = 0  # experiences finished at the last checkpoint between two; none is needed before the first
         self.resident_before: int | None = None
         self.stopped_by: int | None = None
         self.checkpoint_every = 0.0
@@ -224,9 +226,7 @@ class _Session:
             if self.stopped_by is not None or self.folder is None:
                 raise RunInterrupted(number, None)
             self.stopped_by = number
-            # The small experiences of an online stream are soon over; only their ends are stored.
-            if not self.online and hasattr(self.strategy, "interrupt"):
-                self.strategy.interrupt = True
+            self._interrupt()
             self.progress.message("stopping as soon as the position is stored; once more stops at once")
 
         for number in before:
@@ -265,6 +265,15 @@ class _Session:
                     if close is not None:
                         close()
 
+    def _interrupt(self) -> None:
+        """Stop training after this iteration, if the run can be resumed there; else it stops after the experience.
+
+        A position inside an experience needs the one in front of it. The small experiences of an online stream are soon
+        over, and so are those that end before the next checkpoint is due: of these not every one is stored.
+        """
+        if hasattr(self.strategy, "interrupt"):
+            self.strategy.interrupt = not self.online and self.stored_done == self.index
+
     # ------------------------------------------------------------------ training
 
     def train(self, resume: bool) -> Result:
@@ -279,12 +288,12 @@ class _Session:
             strategy=str(self.config["strategy"]["name"]),
             scenario=str(self.config["scenario"]["name"]),
             seed=self.seed,
-            classes=[sorted(_classes(experience)) for experience in self.test_stream],
+            classes=[sorted(classes_of(experience)) for experience in self.test_stream],
             class_names=list(getattr(self.stream, "class_names", ())),
             joint=self.joint,
             experiences=len(boundaries),
             resumed_at=done if position is not None else None,
-            seen=[_classes(experience) for experience in self.train_stream[:done]],
+            seen=[classes_of(experience) for experience in self.train_stream[:done]],
         )
         self.progress.start(1 if self.joint else len(boundaries), int(self.strategy.train_epochs))
         if position is None:
@@ -305,6 +314,7 @@ class _Session:
             return None
         with self._recorder_apart():
             self.checkpoints.load_boundary(self.strategy, self.train_stream)
+        self.stored_done = position.experiences_done
         if position.inside:
             self.checkpoints.check_inside()
             self.strategy.resume_from = lambda: self._restore_inside(position)
@@ -331,6 +341,9 @@ class _Session:
     def _experience(self, index: int, done: int, experiences: list[Any], *, row: int) -> None:
         """Train on one experience (or all, jointly), evaluate, store."""
         boundary = self.joint or _is_last_piece(experiences[-1])
+        self.index = index
+        if self.stopped_by is not None:
+            self._interrupt()
         self.recorder.start_experience(row, experiences, first=index == 0 or _is_first_piece(experiences[0]))
         try:
             self.strategy.train(experiences if self.joint else experiences[0], eval_streams=[])
@@ -362,7 +375,7 @@ class _Session:
     def _evaluate(self, row: int) -> None:
         """Evaluate on every test experience; one whose classes were all never seen has no correct answer."""
         started = time.perf_counter()
-        reachable = [e for e in self.test_stream if _classes(e) & self.recorder.seen]
+        reachable = [e for e in self.test_stream if classes_of(e) & self.recorder.seen]
         self.recorder.start_evaluation(row)
         if reachable:
             self.strategy.eval(reachable)
@@ -370,8 +383,8 @@ class _Session:
 
     def _evaluate_untrained(self) -> None:
         """The row before any training, where it can mean something: all classes are there from the first experience."""
-        first = _classes(self.train_stream[0])
-        if self.joint or len(self.test_stream) < 2 or not all(_classes(e) <= first for e in self.test_stream):
+        first = classes_of(self.train_stream[0])
+        if self.joint or len(self.test_stream) < 2 or not all(classes_of(e) <= first for e in self.test_stream):
             return
         self.strategy.experience, self.strategy.is_training = self.train_stream[0], True
         self.strategy.model.train()
@@ -389,6 +402,7 @@ class _Session:
             with self._recorder_apart():
                 self.checkpoints.save(self.strategy, done, inside=inside, counters=self.recorder.counters())
             self.stored_at = time.monotonic()
+            self.stored_done = self.stored_done if inside else done
         except Unstorable as error:
             self.progress.message(f"this run cannot be resumed: {error}")
             self.checkpoints = None
@@ -470,11 +484,6 @@ def _next_free(path: Path) -> Path:
     while path.with_name(f"{path.name}.{number}").exists():
         number += 1
     return path.with_name(f"{path.name}.{number}")
-
-
-def _classes(experience: Any) -> set[int]:
-    found = getattr(experience, "classes_in_this_experience", None)
-    return {int(label) for label in (found if found is not None else experience.dataset.targets.uniques)}
 
 
 def _is_last_piece(experience: Any) -> bool:

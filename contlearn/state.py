@@ -173,10 +173,14 @@ class Encoder:
         if value is None or isinstance(value, bool | int | str):
             return value
         if isinstance(value, float):
-            return value if math.isfinite(value) else {"$float": repr(value)}
+            return value if math.isfinite(value) else {"$float": repr(float(value))}
         if isinstance(value, np.generic) and not isinstance(value.item(), np.generic):
             return self.value(value.item(), path)
-        if isinstance(value, (torch.device, torch.dtype, *_FUNCTIONS)):
+        if isinstance(value, torch.device):
+            return {"$device": self._place(value)}
+        if isinstance(value, torch.dtype):
+            return {"$dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, _FUNCTIONS):
             return KEPT
         if value is self.strategy:
             return {"$strategy": True}
@@ -201,7 +205,7 @@ class Encoder:
     def _composite(self, value: Any, path: str, *, top: bool) -> dict[str, Any]:
         if isinstance(value, Tensor):
             leaf = value.requires_grad and value.is_leaf
-            return {"$tensor": self._tensor(value, path), **({"requires_grad": True} if leaf else {})}
+            return {"$tensor": self._tensor(value, path), "on": self._place(value.device), "requires_grad": leaf}
         if isinstance(value, np.ndarray):
             return {"$array": self._tensor(_from_array(value, path), path)}
         if isinstance(value, torch.Generator):
@@ -228,6 +232,10 @@ class Encoder:
             "$object": f"{type(value).__module__}:{type(value).__qualname__}",
             "state": {key: self.value(item, f"{path}.{key}") for key, item in state.items()},
         }
+
+    def _place(self, device: torch.device) -> str:
+        """``cpu`` for what stays there though the strategy computes elsewhere (Avalanche's reservoir weights, say)."""
+        return "cpu" if device.type == "cpu" != self.strategy.device.type else "strategy"
 
     def _tensor(self, tensor: Tensor, path: str) -> str:
         if tensor.layout is not torch.strided or not _has_stored_form(tensor.dtype):
@@ -339,6 +347,10 @@ class Decoder:
             return float(stored["$float"])
         if "$tensor" in stored:
             return self._tensor(stored, current)
+        if "$device" in stored:
+            return current if isinstance(current, torch.device) else self._device(stored["$device"])
+        if "$dtype" in stored and isinstance(getattr(torch, stored["$dtype"]), torch.dtype):
+            return getattr(torch, stored["$dtype"])
         if "$array" in stored:
             return self.tensors[stored["$array"]].numpy().copy()
         if "$generator" in stored:
@@ -397,10 +409,12 @@ class Decoder:
         if isinstance(current, nn.Parameter) and current.shape == tensor.shape:
             with torch.no_grad():  # in place: an optimizer may hold it
                 return current.copy_(tensor)
-        # Avalanche keeps bookkeeping such as reservoir weights on the CPU: a tensor goes where its like was.
-        device = current.device if isinstance(current, Tensor) else self.strategy.device
-        made = tensor.clone().to(device if current is not None else "cpu")
-        return made.requires_grad_("requires_grad" in stored)
+        device = current.device if isinstance(current, Tensor) else self._device(stored["on"])
+        made = tensor.clone().to(device)
+        return made.requires_grad_() if stored["requires_grad"] else made
+
+    def _device(self, place: str) -> torch.device:
+        return torch.device("cpu") if place == "cpu" else self.strategy.device  # type: ignore[no-any-return]
 
     def _sequence(self, number: int, tag: str, stored: list[Any], current: Any) -> Any:
         old = list(current) if isinstance(current, list | tuple) and len(current) == len(stored) else []

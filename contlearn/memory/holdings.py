@@ -90,31 +90,22 @@ class Holdings:
             self.state[name] = [tensor for tensor in tensors if not elsewhere.keys() & by_key([tensor]).keys()]
 
     def _walk(self, value: Any, path: str, names: dict[str, str], owner: str) -> None:
-        if isinstance(value, _OPAQUE) or id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if isinstance(value, Tensor):
-            self._add(path, names, owner, [value])
-        elif isinstance(value, np.ndarray) and value.dtype != object:
-            self._add(path, names, owner, [torch.empty(value.nbytes, dtype=torch.uint8, device="meta")])
-        elif isinstance(value, nn.Module):
-            self._add(path, names, owner, list(model_tensors(value)))
-            for module in value.modules():
-                for _, item in _beside_weights(module):
-                    self._walk(item, path, names, owner)
-        elif isinstance(value, AvalancheDataset):
-            self.exemplars.append(value)
-        elif isinstance(value, CLExperience):
-            self._walk(getattr(value, "dataset", None), path, names, owner)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                self._walk(item, f"{path}.{key}" if isinstance(key, str) else path, names, owner)
-        elif isinstance(value, list | tuple | set | frozenset | collections.deque | np.ndarray):
-            for item in value.flat if isinstance(value, np.ndarray) else value:
-                self._walk(item, path, names, owner)
-        else:
-            for attribute, item in _attributes(value):
-                self._walk(item, f"{path}.{attribute}", names, owner)
+        todo = [(value, path)]
+        while todo:  # not by recursion: a linked list may be long
+            value, path = todo.pop()
+            if isinstance(value, _OPAQUE) or id(value) in self._seen:
+                continue
+            self._seen.add(id(value))
+            if isinstance(value, Tensor):
+                self._add(path, names, owner, [value])
+            elif isinstance(value, np.ndarray) and value.dtype != object:
+                self._add(path, names, owner, [torch.empty(value.nbytes, dtype=torch.uint8, device="meta")])
+            elif isinstance(value, AvalancheDataset):
+                self.exemplars.append(value)
+            else:
+                if isinstance(value, nn.Module):
+                    self._add(path, names, owner, list(model_tensors(value)))
+                todo += reversed(list(_inside(value, path)))
 
     def _add(self, path: str, names: dict[str, str], owner: str, tensors: list[Tensor]) -> None:
         if not tensors:
@@ -200,6 +191,20 @@ def _added_bytes(datasets: Iterable[AvalancheDataset[Any]]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + 8 * len(others)
 
 
+def _inside(value: Any, path: str) -> Iterator[tuple[Any, str]]:
+    """What an object holds directly, with the path it is reported under."""
+    if isinstance(value, nn.Module):
+        yield from ((item, path) for module in value.modules() for _, item in _beside_weights(module))
+    elif isinstance(value, CLExperience):
+        yield getattr(value, "dataset", None), path
+    elif isinstance(value, dict):
+        yield from ((item, f"{path}.{key}" if isinstance(key, str) else path) for key, item in value.items())
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque | np.ndarray):
+        yield from ((item, path) for item in (value.flat if isinstance(value, np.ndarray) else value))
+    else:
+        yield from ((item, f"{path}.{attribute}") for attribute, item in _attributes(value))
+
+
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     """Instance attributes, those in slots included."""
     yield from getattr(value, "__dict__", {}).items()
@@ -234,6 +239,8 @@ _AVALANCHE: dict[str, dict[str, str]] = {
     "LwFPlugin": {"lwf.prev_model": "teacher"},
     "SynapticIntelligencePlugin": {"ewc_data": "importance", "syn_data": "path"},
     "AGEMPlugin": {"reference_gradients": "reference_gradient"},
-    "GDumbPlugin": {"init_model": "initial_model"},
+    "ReplayPlugin": {"storage_policy": "reservoir_weights"},
+    "GDumbPlugin": {"init_model": "initial_model", "storage_policy": "reservoir_weights"},
+    "DER": {"batch_logits": "memory_batch", "storage_policy": "reservoir_weights"},
     "MASPlugin": {"params": "anchor", "importance": "importance"},
 }

@@ -164,20 +164,21 @@ def warm_up() -> None:
     """Let kernels and thread pools make what they keep for good, on a network too small to matter."""
     import torch
 
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, padding=1),
-        torch.nn.BatchNorm2d(4),
-        torch.nn.ReLU(),
-        torch.nn.Conv2d(4, 4, 3, padding=1, groups=4),
-        torch.nn.AdaptiveAvgPool2d(1),
-        torch.nn.Flatten(),
-        torch.nn.Linear(4, 2),
-    )
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(2):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(torch.rand(2, 3, 8, 8)), torch.tensor([0, 1])).backward()
-        optimizer.step()
+    with torch.random.fork_rng(devices=[]):  # what is trained next shall draw the numbers it would have drawn
+        network = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3, padding=1),
+            torch.nn.BatchNorm2d(4),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4, 2),
+        )
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(torch.rand(2, 3, 8, 8)), torch.tensor([0, 1])).backward()
+            optimizer.step()
 
 
 if __name__ == "__main__":

@@ -46,11 +46,13 @@ def render(memory: Mapping[str, Any]) -> RenderableType:
     table.add_section()
     table.add_row("persistent", in_words(memory.get("persistent")), "survives a power cut")
     measured, ratio = memory.get("peak_measured"), memory.get("peak_ratio")
-    table.add_row("peak, static", in_words(memory.get("peak_static")), "every storage live at the worst moment of a step")
+    table.add_row(
+        "peak, static", in_words(memory.get("peak_static")), "all storages live at a step's worst moment"
+    )
     if measured is not None:
         note = f"of this process; {ratio:.2f} x static" if ratio else "of this process"
         small = (memory.get("peak_static") or 0) < INTERPRETER
-        table.add_row("peak, measured", in_words(measured), "of this process; mostly the interpreter" if small else note)
+        table.add_row("peak, measured", in_words(measured), "mostly the interpreter" if small else note)
     return Group(table, bar(memory))
 
 

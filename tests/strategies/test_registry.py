@@ -1,0 +1,191 @@
+"""Strategies by name: every one is made, described, trained and made again from its spec."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from contlearn import config, strategies
+from contlearn.errors import ContlearnError
+from contlearn.strategies.registry import STRATEGIES, StrategyInfo
+from contlearn.strategies.template import SupervisedTemplate
+
+LOOP = {
+    "lr", "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "reset_optimizer", "lr_schedule",
+    "milestones", "gamma", "warmup_epochs", "clip_grad_norm", "amp", "eval_batch_size", "device", "criterion",
+    "plugins", "evaluator",
+}  # fmt: skip
+OWN = {
+    "naive": set(),
+    "joint": set(),
+    "cumulative": set(),
+    "replay": {"memory_size", "memory_budget", "policy", "batch_size_memory"},
+    "er_ace": {"memory_size", "memory_budget", "policy", "batch_size_memory"},
+    "der": {"memory_size", "memory_budget", "alpha", "beta", "batch_size_memory"},
+    "derpp": {"memory_size", "memory_budget", "alpha", "beta", "batch_size_memory"},
+    "lwf": {"alpha", "temperature", "teacher_in_train_mode"},
+    "ewc": {"ewc_lambda", "mode", "decay_factor"},
+    "si": {"si_lambda", "damping", "max_importance"},
+    "agem": {"patterns_per_experience", "memory_budget", "sample_size", "partial_batches"},
+    "gdumb": {"memory_size", "memory_budget"},
+    "icarl": {"memory_size", "memory_budget", "classifier", "mirror"},
+}
+
+
+@pytest.mark.parametrize("name", strategies.list())
+def test_every_strategy_is_made_trained_and_evaluated(stream, small, watch, name) -> None:
+    answers: list[torch.Tensor] = []
+    plugin = watch(after_eval_iteration=lambda s: answers.append(s.mb_output))
+    strategy = strategies.create(name, small(stream), epochs=1, batch_size=8, plugins=[plugin])
+    before = {key: value.clone() for key, value in strategy.model.state_dict().items()}
+    strategy.train(stream.train_stream if name == "joint" else stream.train_stream[0], eval_streams=[])
+    assert strategy.model.head.out_features == (6 if name == "joint" else 2)
+    assert any(not torch.equal(before["backbone.layers.0.0.weight"], p) for p in strategy.model.backbone.parameters())
+    assert all(parameter.isfinite().all() for parameter in strategy.model.parameters())
+    strategy.eval(stream.test_stream)
+    assert [len(output) for output in answers] == [6, 6, 6] and all(output.isfinite().all() for output in answers)
+
+
+@pytest.mark.parametrize("name", strategies.list())
+def test_every_record_is_filled_in(name) -> None:
+    record = strategies.describe(name)
+    assert record.name == name
+    for field in dataclasses.fields(record):
+        assert field.name in ("exportable", "defaults") or getattr(record, field.name), field.name
+    assert len(record.description) < 100 and record.description.endswith(".")
+    assert issubclass(record.load(), SupervisedTemplate)
+    assert set(record.defaults) <= OWN[name]
+
+
+@pytest.mark.parametrize("name", strategies.list())
+def test_parameters_are_the_methods_own_and_the_training_loops(name) -> None:
+    parameters = strategies.parameters(name)
+    assert set(parameters) == LOOP | OWN[name]
+    assert set(list(parameters)[: len(OWN[name])]) == OWN[name]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
+
+
+def changed(name: str) -> dict[str, object]:
+    """Another value for each option of ``name`` that a configuration file can give."""
+    others = {
+        "lr": 0.025, "epochs": 4, "batch_size": 3, "momentum": 0.5, "weight_decay": 0.01, "reset_optimizer": True,
+        "lr_schedule": "multistep", "milestones": [1, 3], "gamma": 0.3, "warmup_epochs": 1, "clip_grad_norm": 2.5,
+        "eval_batch_size": 11, "device": "cpu", "memory_size": 17, "policy": "reservoir", "batch_size_memory": 6,
+        "alpha": 0.25, "beta": 0.75, "temperature": 3.0, "teacher_in_train_mode": True, "ewc_lambda": 0.4,
+        "mode": "online", "decay_factor": 0.9, "si_lambda": 0.2, "damping": 0.1, "max_importance": 0.5,
+        "patterns_per_experience": 5, "sample_size": 9, "partial_batches": True, "classifier": "head", "mirror": True,
+        "optimizer": "sgd", "amp": "none", "memory_budget": "64KB",
+    }  # fmt: skip
+    return {key: value for key, value in others.items() if key in strategies.parameters(name)}
+
+
+@pytest.mark.parametrize("name", strategies.list())
+def test_the_spec_is_plain_data_that_a_configuration_takes_and_makes_the_strategy_again(stream, small, name) -> None:
+    for options in ({}, changed(name)):
+        strategy = strategies.create(name, small(stream), **options)
+        spec = json.loads(json.dumps(strategy.spec))
+        assert spec["name"] == name and set(spec) == {"name"} | OWN[name] | LOOP - {"criterion", "plugins", "evaluator"}
+        assert {key: spec[key] for key in options} == options
+        assert config.resolve({"strategy": spec})["strategy"] == spec
+        again = strategies.create(model=small(stream), **spec)
+        assert type(again) is type(strategy) and again.spec == strategy.spec
+        assert plain_state(again) == plain_state(strategy)
+
+
+def plain_state(strategy) -> dict[str, object]:
+    """Every number, text and flag the strategy and its own plug-ins hold, and the optimizer's settings."""
+
+    def plain(owner: object) -> dict[str, object]:
+        return {k: v for k, v in vars(owner).items() if v is None or isinstance(v, bool | int | float | str | list)}
+
+    settings = {key: value for key, value in strategy.optimizer.param_groups[0].items() if key != "params"}
+    held = {key: value for key, value in plain(strategy).items() if key not in ("plugins", "dataloader")}
+    return {
+        "strategy": held,
+        "plugins": [(type(plugin).__name__, plain(plugin)) for plugin in strategy.plugins],
+        "memory": getattr(getattr(strategy, "storage_policy", None), "max_size", None),
+        "optimizer": (type(strategy.optimizer).__name__, settings),
+        "rates": [strategy.rate_factor(epoch) for epoch in range(4)],
+    }
+
+
+def test_der_and_derpp_are_one_class_with_different_defaults(stream, small) -> None:
+    der, derpp = (strategies.create(name, small(stream)) for name in ("der", "derpp"))
+    assert type(der) is type(derpp)
+    assert ((der.alpha, der.beta), (derpp.alpha, derpp.beta)) == ((0.1, 0.0), (0.1, 0.5))
+    assert strategies.create("derpp", small(stream), beta=0.2).beta == 0.2
+
+
+def test_what_only_python_can_give_stays_out_of_the_spec(stream, small, watch) -> None:
+    model = small(stream)
+    strategy = strategies.create(
+        "naive", model, criterion=nn.CrossEntropyLoss(label_smoothing=0.1), plugins=[watch()],
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )  # fmt: skip
+    assert set(strategy.spec) == {"name"} | LOOP - {"criterion", "plugins", "evaluator", "optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("ewc", {"ewc_lamda": 1.0}, "did you mean 'ewc_lambda'"),
+        ("replay", {"batchsize": 8}, "did you mean 'batch_size'"),
+        ("lwf", {"zzz": 1}, "has no option 'zzz' (expected one of: alpha, temperature"),
+        ("replay", {"memory_size": 0}, "memory_size: expected at least 1, got 0"),
+        ("replay", {"policy": "fifo"}, "policy: expected reservoir"),
+        ("replay", {"batch_size_memory": 0}, "batch_size_memory: expected at least 1, got 0"),
+        ("der", {"memory_size": 0}, "memory_size: expected at least 1, got 0"),
+        ("derpp", {"batch_size_memory": -1}, "batch_size_memory: expected at least 1, got -1"),
+        ("er_ace", {"batch_size_memory": 0}, "batch_size_memory: expected at least 1, got 0"),
+        ("gdumb", {"memory_size": 0}, "memory_size: expected at least 1, got 0"),
+        ("icarl", {"memory_size": 0}, "memory_size: expected at least 1, got 0"),
+        ("icarl", {"classifier": "ncm"}, "classifier: expected nme or head"),
+        ("replay", {"memory_budget": "64 sheep"}, "memory_budget: expected bytes such as"),
+        ("agem", {"sample_size": 0}, "sample_size: expected at least 1, got 0"),
+        ("ewc", {"mode": "offline"}, "mode: expected separate or online, got 'offline'"),
+        ("lwf", {"temperature": 0.0}, "temperature: expected more than 0"),
+        ("si", {"damping": -1.0}, "damping: expected more than 0"),
+    ],
+)
+def test_mistakes_get_one_line(stream, small, name, options, said) -> None:
+    with pytest.raises(ContlearnError) as caught:
+        strategies.create(name, small(stream), **options)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_strategy_gets_the_nearest(stream, small) -> None:
+    for call in (strategies.describe, strategies.parameters, lambda name: strategies.create(name, small(stream))):
+        with pytest.raises(ContlearnError, match="unknown strategy 'der\\+\\+'; did you mean 'der'"):
+            call("der++")
+
+
+def test_the_list_can_be_narrowed() -> None:
+    assert strategies.list() == list(OWN) == list(STRATEGIES)
+    assert strategies.list("der*") == ["der", "derpp"]
+    assert strategies.list(kind="class-incremental") == list(OWN) and strategies.list(kind="test-time") == []
+
+
+def test_records_cannot_be_changed() -> None:
+    record = strategies.describe("derpp")
+    assert isinstance(record, StrategyInfo)
+    with pytest.raises(AttributeError):
+        record.status = "draft"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        record.defaults["beta"] = 1.0  # type: ignore[index]
+
+
+def test_listing_loads_neither_torch_nor_avalanche() -> None:
+    code = (
+        "import sys; from contlearn import scenarios, strategies; "
+        "[strategies.describe(n) for n in strategies.list()]; [scenarios.describe(n) for n in scenarios.list()]; "
+        "print([m for m in ('torch', 'avalanche', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
