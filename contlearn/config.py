@@ -134,7 +134,7 @@ def parser_for(names: dict[str, str], **kwargs: Any) -> tuple[ArgumentParser, di
         from contlearn import models
         from contlearn.options import options_of
 
-        options["model-common"] = [o for o in options_of(models.create) if o.name != "seed"]
+        options["model-common"] = options_of(models.create)
     parser = ArgumentParser(exit_on_error=False, **kwargs)
     for option in RUN_OPTIONS:
         parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=option.help)
@@ -165,7 +165,9 @@ def build_on(stream: Any, resolved: dict[str, Any]) -> Any:
     from contlearn import models, strategies
 
     model_spec = dict(resolved["model"])
-    model = models.create(model_spec.pop("name"), stream, seed=resolved["seed"], **model_spec)
+    if model_spec.get("seed") is None:
+        model_spec["seed"] = resolved["seed"]
+    model = models.create(model_spec.pop("name"), stream, **model_spec)
     strategy_spec = dict(resolved["strategy"])
     return strategies.create(strategy_spec.pop("name"), model, **strategy_spec)
 
@@ -229,7 +231,11 @@ def section_names(config: dict[str, Any], overrides: Sequence[str]) -> tuple[dic
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    loader = _Loader(text)  # what yaml.safe_load does, with the two rules above
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _parse(

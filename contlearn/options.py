@@ -162,7 +162,7 @@ def model_options(name: str) -> list[Option] | None:
     from contlearn import models
 
     info = models.describe(name)
-    common = _without(options_of(models.create), "seed")
+    common = options_of(models.create)
     if info.factory.startswith("contlearn.models._timm"):
         return None
     return [*common, *options_of(info.load_factory())]

@@ -6,8 +6,10 @@ import random
 from typing import Any
 
 import torch
+from avalanche.benchmarks import OnlineCLExperience
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.training.plugins import AGEMPlugin as AvalancheAGEMPlugin
+from avalanche.training.storage_policy import ReservoirSamplingBuffer
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
@@ -32,8 +34,9 @@ class AGEMPlugin(AvalancheAGEMPlugin):
         super().__init__(patterns_per_experience, sample_size)
         self.partial_batches = partial_batches
         self.samplers: list[CyclingSampler] = []
+        self.reservoir: ReservoirSamplingBuffer | None = None
 
-    memory_names = {"reference_gradients": "reference_gradient", "samplers": "memory_loader"}
+    memory_names = {"reference_gradients": "reference_gradient", "samplers": "memory_loader", "reservoir": "reservoir_weights"}
     # Loaders of the parent that we do not use; samplers are made again from the stored buffers.
     checkpoint_exclude = ("buffer_dataloader", "buffer_dliter", "reference_gradients", "samplers")
 
@@ -49,6 +52,18 @@ class AGEMPlugin(AvalancheAGEMPlugin):
             )
             for buffer in self.buffers
         ]
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Take in the experience; the pieces of an online stream share the memory of the experience they are cut from."""
+        experience = strategy.experience
+        if not isinstance(experience, OnlineCLExperience):
+            self.update_memory(experience.dataset)
+            return
+        if self.reservoir is None or experience.logging().is_first_subexp:
+            self.reservoir = ReservoirSamplingBuffer(self.patterns_per_experience)
+            self.buffers.append(self.reservoir.buffer)
+        self.reservoir.update_from_dataset(experience.dataset)
+        self.buffers[-1] = self.reservoir.buffer
 
     @torch.no_grad()
     def update_memory(self, dataset: AvalancheDataset[Any], num_workers: int = 0, **kwargs: Any) -> None:
@@ -95,7 +110,8 @@ class AGEM(Rehearsal):
             ContlearnError: fewer exemplars than experiences.
         """
         assert self.experience is not None
-        experiences = len(self.experience.origin_stream)
+        pieces = [experience.logging() for experience in self.experience.logging().origin_stream]
+        experiences = sum(getattr(piece, "is_first_subexp", True) for piece in pieces)
         if count < experiences:
             raise ContlearnError(
                 f"memory_budget: {self.memory_budget} bytes hold {count} exemplars, fewer than the {experiences} "

@@ -28,11 +28,11 @@ _DATA: OrderedDict[tuple[Any, ...], ImageData] = OrderedDict()
 
 def warm_up() -> None:
     """Import what every cell needs."""
-    from contlearn import config, models, running, scenarios, strategies  # noqa: F401
     from contlearn.cli import quiet_libraries
-    from contlearn.strategies import template  # noqa: F401
 
     quiet_libraries()
+    from contlearn import config, models, running, scenarios, strategies  # noqa: F401
+    from contlearn.strategies import template  # noqa: F401
 
 
 def execute(cell_id: str, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

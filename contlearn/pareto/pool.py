@@ -86,7 +86,11 @@ class Worker:
         raise self._died()
 
     def _died(self) -> WorkerDied:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:  # it lives, but what it says is not to be understood
+            self.process.kill()
+            code = self.process.wait()
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
@@ -168,7 +172,9 @@ class LocalPool:
 
     def _start(self, number: int) -> Worker:
         log = self.folder.log(number)
-        if number not in self.workers:
+        if number in self.workers:
+            self.workers[number].close(GRACE)
+        else:
             log.unlink(missing_ok=True)
         with self._lock:
             if self._stopping:

@@ -1,4 +1,16 @@
-"""What a sweep's YAML says, checked as far as that is possible without loading any method."""
+"""What a sweep's YAML says, checked as far as that is possible without loading any method.
+
+base:                                       # what all runs share: a run's configuration without a strategy's name
+  scenario: {dataset: digits, n_experiences: 5}
+  strategy: {lr: 0.1, epochs: 30}
+  threads: 1                                # the default; --jobs is the number of cores by it
+strategies:                                 # options by label; `name` where the label is not the strategy's
+  naive: {}
+  herding: {name: replay, policy: herding}
+budgets: [4KB, 64KiB]                       # bytes of memory, or `memory_sizes: [50, 200]` in exemplars
+axes: {strategy.lr: [0.05, 0.1]}            # any further option of scenario, model or strategy
+seeds: 3                                    # or a list of them
+"""
 
 from __future__ import annotations
 
@@ -11,6 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
+from contlearn.config import _yaml
 from contlearn.errors import ContlearnError, nearest
 from contlearn.memory.units import parse_bytes
 
@@ -75,7 +88,7 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {str(file.with_name(near[0]))!r}?" if near else ""

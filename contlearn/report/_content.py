@@ -226,7 +226,7 @@ class Content:
         by_label = len({setting.label for setting in settings.values()}) < len(settings)
         return {one: setting.label if by_label else setting.strategy for one, setting in settings.items()}
 
-    @property
+    @cached_property
     def levels(self) -> list[tuple[str, float]]:
         """Budgets that were compared, smallest first."""
         return sorted({group.setting.level for group in self.groups if group.setting.level is not None})

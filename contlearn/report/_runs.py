@@ -202,14 +202,16 @@ def _label(cells: Sequence[Cell], configs: Sequence[Mapping[str, Any]]) -> list[
     """Cells named after their strategy and what else tells them apart; runs that differ in their seed share a name."""
     flat = [_flat(config) for config in configs]
     shared = _differing(flat, ("scenario.", "model."))
+    peers: dict[str, list[Mapping[str, str]]] = {}
+    for cell, options in zip(cells, flat, strict=True):
+        peers.setdefault(cell.setting.strategy, []).append(options)
+    own = {strategy: _differing(settings, ("strategy.",)) for strategy, settings in peers.items()}
     labelled = []
     for cell, config, options in zip(cells, configs, flat, strict=True):
         if cell.status == "failed" or not config:
             labelled.append(cell)
             continue
-        peers = [other for one, other in zip(cells, flat, strict=True) if one.setting.strategy == cell.setting.strategy]
-        names = shared + _differing(peers, ("strategy.",))
-        varied = {name.split(".", 1)[1]: options.get(name) for name in names}
+        varied = {name.split(".", 1)[1]: options.get(name) for name in shared + own[cell.setting.strategy]}
         label = f"{cell.setting.strategy} {option_words(varied)}".strip()
         labelled.append(replace(cell, setting=replace(cell.setting, label=label, options=varied)))
     # The same setting and seed twice are two runs of one thing, not two seeds.

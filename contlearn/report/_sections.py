@@ -204,7 +204,9 @@ def all_numbers(content: Content) -> Markup:
         element("span", "Sort by clicking a heading.", class_="muted"),
         class_="controls",
     )
-    cells = details(f"Every cell ({len(content.cells)})", tables.cells_table(content))
+    cells = details(
+        f"Every cell ({len(content.cells):,})", tables.cells_table(content), _cut(len(content.cells), "pareto.csv")
+    )
     return section("table", "All settings", options, tables.groups_table(content), cells)
 
 
@@ -232,6 +234,7 @@ def comparisons(content: Content) -> Markup | None:
         controls,
         tables.paired_table(content),
         element("p", note, class_="note"),
+        _cut(len(content.paired), "pareto.json"),
     )
 
 
@@ -404,6 +407,13 @@ def _level_choice(content: Content, identifier: str, *, every: bool, all_first: 
     if every:
         options = [("", "all budgets"), *options]
     return choice(identifier, "Budget", options, selected=0 if all_first else len(options) - 1)
+
+
+def _cut(count: int, file: str) -> Markup | None:
+    """A note under a table that does not hold everything."""
+    if count <= tables.ROWS:
+        return None
+    return element("p", f"The first {tables.ROWS:,} of {count:,}; {file} beside this page has them all.", class_="note")
 
 
 def _next_step(content: Content) -> str:

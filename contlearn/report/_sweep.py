@@ -41,7 +41,11 @@ def read(folder: Path) -> Content:
     if file.value.get("schema") != SCHEMA:
         raise ContlearnError(f"{path}: schema {file.value.get('schema')!r}, expected {SCHEMA}")
     cells = [_cell(node) for node in file.objects("cells")]
-    groups = with_given([_group(node, cells) for node in file.objects("groups")] or group_cells(cells))
+    members: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        if cell.status == "complete":
+            members.setdefault(cell.setting.key, []).append(cell)
+    groups = with_given([_group(node, members) for node in file.objects("groups")] or group_cells(cells))
     config = dict(file.object("config").value)
     given = {
         memory: {metric: [str(one) for one in node.items(metric)] for metric in node.value}
@@ -140,7 +144,7 @@ def _cell(node: Node) -> Cell:
     )
 
 
-def _group(node: Node, cells: list[Cell]) -> Group:
+def _group(node: Node, members: Mapping[tuple[Any, ...], list[Cell]]) -> Group:
     setting = _setting(node)
     seeds = [number(seed, node.at("seeds")) for seed in node.items("seeds")]
     return Group(
@@ -153,7 +157,7 @@ def _group(node: Node, cells: list[Cell]) -> Group:
             for name, child in node.object("memory").children()
             if _is_memory(name) and name not in GIVEN
         },
-        cells=[cell for cell in cells if cell.status == "complete" and cell.setting.key == setting.key],
+        cells=members.get(setting.key, []),
     )
 
 

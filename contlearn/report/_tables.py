@@ -27,6 +27,8 @@ from contlearn.report._words import DASH, fixed, plus_minus
 
 SHAPES = 8  # markers
 COLOURS = 7
+ROWS = 3000  # of cells or of pairs; a browser is slow with more, and the tables beside the page have them all
+TALL = 60  # rows that a table may have before it scrolls by itself
 
 # The markers of plots.js, in the same order, in a box of 16 by 16.
 _PATHS = (
@@ -186,7 +188,8 @@ def groups_table(content: Content) -> Markup:
         if len(columns) > len(values):
             values.insert(1, Value(element("span", class_="on-front"), 1))
         rows.append((values, group.id))
-    return table("groups", "Every setting: mean ± standard deviation over its seeds", columns, rows)
+    caption = "Every setting: mean ± standard deviation over its seeds"
+    return table("groups", caption, columns, rows, "tall" if len(rows) > TALL else "")
 
 
 def cells_table(content: Content) -> Markup:
@@ -197,7 +200,7 @@ def cells_table(content: Content) -> Markup:
     columns += [Column(metric_name(name)) for name in metrics] + [Column(memory_name(name)) for name in memory]
     columns += [Column("training s"), Column("folder", number=False)]
     rows = []
-    for cell in content.cells:
+    for cell in content.cells[:ROWS]:
         values = [
             Value(setting_words(cell.setting), setting_words(cell.setting).lower()),
             _level(cell.setting.level),
@@ -225,7 +228,7 @@ def paired_table(content: Content) -> Markup:
         Column("reading", number=False),
     ]
     rows = []
-    for pair in content.paired:
+    for pair in content.paired[:ROWS]:
         known = pair.low is not None and pair.high is not None
         interval = f"{fixed(pair.low)} to {fixed(pair.high)}" if known else DASH
         values = [

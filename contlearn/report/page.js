@@ -83,7 +83,9 @@
   let drawn = false;
   function drawAll() {
     drawn = document.documentElement.clientWidth >= 160;
-    if (drawn) drawers.forEach(([, draw]) => draw());
+    if (!drawn) return;
+    drawers.forEach(([, draw]) => draw());
+    document.documentElement.dataset.ready = "yes";
   }
 
   function on(id, draw) {
@@ -177,5 +179,4 @@
   }
   window.addEventListener("beforeprint", () => onPaper(true));
   window.addEventListener("afterprint", () => onPaper(false));
-  document.documentElement.dataset.ready = "yes";
 })();

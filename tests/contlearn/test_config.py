@@ -167,6 +167,7 @@ def test_options_of_a_timm_model_are_passed_through(tmp_path: Path) -> None:
         "drop_rate": 0.1,
         "zero_init_last": False,
         "output_stride": 16,
+        "seed": None,
     }
     strategy, _ = config.build(resolve("model: {name: resnet10t}", "--model.drop_rate=0.25"))
     assert strategy.model.spec["drop_rate"] == 0.25

@@ -185,6 +185,38 @@ def test_killed_after_it_was_stopped_and_resumed(
     assert events(tmp_path / "run", "experience") == events(whole, "experience")
 
 
+def test_killed_between_a_checkpoint_and_the_removal_of_the_position_inside(
+    train: Train,
+    killed: Killed,
+    kill: Callable[[], None],
+    events: Events,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from contlearn.running import RunInterrupted
+
+    with pytest.raises(RunInterrupted):
+        train(out=tmp_path / "run", at=iterations_of(events(whole, "experience"), 1)[3], **SPEC)
+    unlink = Path.unlink
+
+    def unlinking(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "interrupted.json":
+            kill()
+        unlink(path, missing_ok=missing_ok)
+
+    def work() -> None:
+        monkeypatch.setattr(Path, "unlink", unlinking)
+        train(out=tmp_path / "run", resume=True, **SPEC)
+
+    killed(work)
+    assert (tmp_path / "run" / "checkpoint" / "interrupted.json").exists()
+    train(out=tmp_path / "run", resume=True, **SPEC)
+    assert [record["experience"] for record in events(tmp_path / "run", "resume")] == [1, 2]
+    same_run(whole, tmp_path / "run")
+    one_checkpoint(tmp_path / "run")
+
+
 def test_avalanches_own_strategy_resumes_between_experiences(
     killed: Killed, kill: Callable[[], None], events: Events, tmp_path: Path
 ) -> None:

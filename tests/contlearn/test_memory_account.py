@@ -339,6 +339,15 @@ def test_state_that_lives_during_training_only_is_named_too(stream: Any) -> None
     assert reports[-1].persistent == MODEL + 2 * MODEL
 
 
+@pytest.mark.parametrize(("name", "penalties"), [("naive", [0, 0, 0]), ("ewc", [0, 1, 2]), ("si", [0, 1, 1])])
+def test_what_the_method_holds_is_no_activation_as_well(stream: Any, name: str, penalties: list[int]) -> None:
+    """A penalty ``fisher * (weights - anchor)^2`` saves the difference, which is new, and the Fisher, which is held."""
+    strategy, memory = watched(name, two_layers(), batch_size=16)
+    reports = fit(strategy, memory, stream)
+    plain = (SAVED - NUMBER) // 12 * 16 + NUMBER
+    assert [report.activations for report in reports] == [plain + count * MODEL for count in penalties]
+
+
 def test_a_smaller_last_batch_does_not_hide_the_full_ones(stream: Any) -> None:
     """Sixteen images in batches of twelve: the second step sees four."""
     strategy, memory = watched("naive", two_layers(), epochs=1)

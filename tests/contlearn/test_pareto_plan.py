@@ -151,7 +151,7 @@ def test_a_budget_that_is_none_names_the_nearest_that_is(text: str, nearest: str
         (sweep(memory_sizes=[0]), ["memory_sizes: expected a whole number of at least 1, got 0"]),
         (sweep(memory_sizes=[3], strategies={"agem": {}}), ["agem", "expected at least 5, got 3"]),
         (sweep(budgets=[8000], strategies={"naive": {}}), ["budgets: none of the strategies naive has a memory"]),
-        (sweep(budgets=[8000], strategies={"replay": {"memory_size": 9}}), ["strategies.replay.memory_size", "budgets"]),
+        (sweep(budgets=[8000], strategies={"replay": {"memory_size": 9}}), ["strategies.replay.memory_size:"]),
         (sweep(axes={}), ["axes: expected at least one"]),
         (sweep(axes=None), ["axes: expected a mapping"]),
         (sweep(axes={"strategy.lr": []}), ["axes.strategy.lr: expected a list of values", "[]"]),
@@ -173,10 +173,18 @@ def test_a_mistake_is_one_line_that_names_it(content: Any, parts: list[str]) -> 
     assert all(part in message for part in parts), message
 
 
+def test_a_file_is_read_as_that_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("axes: {strategy.lr: [1e-3]}\nstrategies: {naive: }\n")
+    assert load(tmp_path / "sweep.yaml") == {"axes": {"strategy.lr": [0.001]}, "strategies": {"naive": None}}
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("a: [", "not valid YAML"), ("- naive", "expected a mapping"), ("\x00", "not valid YAML")],
-)
+    [
+        ("a: [", "not valid YAML"), ("- naive", "expected a mapping"), ("\x00", "not valid YAML"),
+        ("seeds: 1\nseeds: 2", "'seeds' is given twice"),
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, part: str) -> None:
     (tmp_path / "sweep.yaml").write_text(text)
     with pytest.raises(ContlearnError, match=part):

@@ -126,7 +126,7 @@ def test_workers_that_cannot_start_end_the_sweep(
 
 
 def test_what_a_worker_refuses_is_the_users_mistake(folder: SweepFolder) -> None:
-    with pytest.raises(ContlearnError, match="^no such strategy$"), LocalPool(1, threads=1, folder=folder) as workers:
+    with pytest.raises(ContlearnError, match=r"^no such strategy$"), LocalPool(1, threads=1, folder=folder) as workers:
         workers.plan(Specification(base={}, strategies={"naive": {}}))
 
 
@@ -176,3 +176,33 @@ def test_a_worker_has_the_threads_it_was_given_and_no_working_directory_in_front
         workers.workers[0].process.wait()
     threads, path = json.loads(out.read_text())
     assert threads == "3" and path == [entry or os.getcwd() for entry in sys.path]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_sweep_and_its_workers(tmp_path: Path, number: signal.Signals) -> None:
+    script = (
+        "import sys\n"
+        "from contlearn.pareto import command, pool\n"
+        "from contlearn.pareto.plan import Cell\n"
+        "pool._BOOT = sys.argv[1]\n"
+        "cells = [Cell(name, name, 'naive', None, None, 0, {}, {}) for name in ('a', 'sleep')]\n"
+        "pool.LocalPool.plan = lambda *_: cells\n"
+        "sys.exit(command.main(sys.argv[2:]))\n"
+    )
+    (tmp_path / "sweep.yaml").write_text("strategies: {naive: {}}\n")
+    out = tmp_path / "sweep"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, PRETENDER, str(tmp_path / "sweep.yaml"), "--out", str(out), "--jobs", "1"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    mark = out / "cells" / "mark-sleep"
+    while process.poll() is None and not (mark.exists() and mark.read_text()):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert errors.splitlines()[-1] == (
+        f"contlearn: stopped by {number.name}; finished cells are kept in {out}, the same command goes on"
+    )
+    assert gone(int(mark.read_text()))
+    assert read_record(out / "cells" / "a") is not None

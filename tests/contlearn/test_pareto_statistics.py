@@ -35,9 +35,7 @@ def test_the_front_is_what_no_other_point_beats(given_points: list[tuple[int, in
 
     def beaten(i: int) -> bool:
         x, y = given_points[i]
-        return any(
-            a <= x and sign * b >= sign * y and (a < x or sign * b > sign * y) for a, b in given_points
-        )
+        return any(a <= x and sign * b >= sign * y and (a < x or sign * b > sign * y) for a, b in given_points)
 
     memory, value = [x for x, _ in given_points], [y for _, y in given_points]
     front = pareto_front(memory, value, maximise=maximise)
@@ -148,7 +146,7 @@ def test_methods_are_compared_over_the_seeds_they_share() -> None:
 
 @pytest.mark.parametrize("values", [[], [math.nan], [1.0, math.inf]])
 def test_what_is_no_number_is_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="no value|not finite"):
+    with pytest.raises(ValueError, match=r"no value|not finite"):
         spread(values)
 
 

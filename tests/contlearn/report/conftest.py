@@ -290,7 +290,12 @@ class Page:
         self.dark(dark)
         self.call("Page.navigate", url=path.resolve().as_uri())
         browser.wait_for("Page.loadEventFired", self.session)
-        assert self.value("document.documentElement.dataset.ready") == "yes", self.problems()
+        ready = "document.documentElement.dataset.ready"
+        for _ in range(100):  # a tab that was just made may be without a width for a moment
+            if self.value(ready) == "yes":
+                break
+            self.settle()
+        assert self.value(ready) == "yes", self.problems()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self.browser.call(method, self.session, **parameters)
@@ -307,7 +312,7 @@ class Page:
         return answer["result"].get("value")
 
     def settle(self) -> None:
-        """Wait until what was asked for is drawn."""
+        """Give the page time to draw what was asked for."""
         self.value("new Promise(done => setTimeout(() => requestAnimationFrame(() => done(1)), 50))")
 
     def choose(self, control: str, value: str) -> None:

@@ -342,8 +342,8 @@ def test_a_saved_picture_carries_its_key(path: Path, open_page: Open) -> None:
     assert options["format"] == "svg"
 
 
-def test_a_page_prints_light_and_comes_back(path: Path, open_page: Open) -> None:
-    page = open_page(path, dark=True)
+def test_a_page_prints_light_and_comes_back(tmp_path: Path, sweep_of: Callable[..., Sweep], open_page: Open) -> None:
+    page = open_page(written(tmp_path, sweep_of(strategies=("naive", "replay"))), dark=True)
     before = page.value("document.getElementById('plot-front').clientWidth")
     page.value("window.dispatchEvent(new Event('beforeprint'))")
     assert page.value("document.getElementById('plot-front').layout.width") == 660

@@ -99,8 +99,8 @@ def test_a_sweep_has_every_section_and_a_row_for_every_group_and_cell(sweep: Wri
     links = {attributes["href"] for tag, attributes in found.elements if tag == "a"}
     assert {f"#{one}" for one in found.ids("section")} <= links
     assert "6 methods, 5 memory budgets, 30 settings and 3 seeds on class-incremental digits" in found.text
-    for words in ("packages" not in found.text, "2.15.0" in found.text, "n_experiences: 5" in found.text):
-        assert words
+    assert "2.15.0" in found.text
+    assert "n_experiences: 5" in found.text
 
 
 def test_the_points_are_the_means_of_the_groups(sweep: Write, sweep_of: Make) -> None:
@@ -260,6 +260,17 @@ def test_a_sweep_in_which_nothing_has_finished_says_how_it_goes_on(sweep: Write,
     found = page(sweep({**content, "groups": [], "fronts": {}, "paired": [], "auc": {}, "hypervolume": {}}))
     assert "contlearn pareto" in found.text
     assert found.ids("section") == ["front", "setup", "glossary"]
+
+
+def test_tables_that_would_be_too_long_end_with_a_note(
+    sweep: Write, sweep_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tables, "ROWS", 40)
+    found = page(sweep(sweep_of()))
+    assert found.rows("cells") == found.rows("paired") == 40
+    assert found.rows("groups") == 30
+    assert "The first 40 of 90; pareto.csv" in found.text
+    assert "The first 40 of 75; pareto.json" in found.text
 
 
 def test_exemplars_stand_for_the_budget_where_there_are_no_bytes(sweep: Write, sweep_of: Make) -> None:
