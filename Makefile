@@ -22,7 +22,10 @@ LINT = "$(BIN)/python" -m ruff check . \
 	$(call or_advise,lint found the lines above; '$(BIN)/python -m ruff check --fix .' mends what it can)
 TYPES = "$(BIN)/python" -m mypy \
 	$(call or_advise,the type checker found the lines above; mend them and run 'make types')
-TESTS = "$(BIN)/python" -m pytest $(PYTEST_ARGS) \
+# Report pages are opened in Chromium where there is one.
+BROWSER := $(or $(CONTLEARN_CHROMIUM),$(shell command -v chromium || command -v chromium-browser || command -v google-chrome))
+WITHOUT_BROWSER := $(if $(BROWSER),,-m "not browser")
+TESTS = "$(BIN)/python" -m pytest $(WITHOUT_BROWSER) $(PYTEST_ARGS) \
 	$(call or_advise,tests failed; again from the first failure: make test PYTEST_ARGS='--lf -x')
 DEMO = "$(BIN)/python" -m contlearn.demo --out "$(DEMO_OUT)" \
 	$(call or_advise,the demo stopped; '$(BIN)/python -m contlearn.doctor' names what is missing)
@@ -51,6 +54,7 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	@$(LINT)
 	@$(TYPES)
+	@$(if $(BROWSER),:,echo "make: no Chromium found: leaving out the tests that open report pages in it")
 	@$(TESTS)
 
 lint: $(VENV)/.installed-dev

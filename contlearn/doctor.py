@@ -38,6 +38,7 @@ REQUIRED = {
     "onnxruntime": "1.20",
     "onnxscript": "0.5.4",
     "pandas": "2.2",
+    "pillow": "10.0",
     "plotly": "6.0",
     "pyarrow": "16.0",
     "pyyaml": "6.0",
