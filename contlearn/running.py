@@ -330,9 +330,9 @@ class _Session:
 
     @contextlib.contextmanager
     def _recorder_apart(self) -> Iterator[None]:
-        """The strategy's plug-ins without those that watch the run: those a checkpoint describes."""
+        """The strategy's plug-ins without our recorder: those a checkpoint describes."""
         plugins = self.strategy.plugins
-        self.strategy.plugins = [plugin for plugin in plugins if plugin not in (self.account, self.recorder)]
+        self.strategy.plugins = [plugin for plugin in plugins if plugin is not self.recorder]
         try:
             yield
         finally:

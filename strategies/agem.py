@@ -36,7 +36,11 @@ class AGEMPlugin(AvalancheAGEMPlugin):
         self.samplers: list[CyclingSampler] = []
         self.reservoir: ReservoirSamplingBuffer | None = None
 
-    memory_names = {"reference_gradients": "reference_gradient", "samplers": "memory_loader", "reservoir": "reservoir_weights"}
+    memory_names = {
+        "reference_gradients": "reference_gradient",
+        "samplers": "memory_loader",
+        "reservoir": "reservoir_weights",
+    }
     # Loaders of the parent that we do not use; samplers are made again from the stored buffers.
     checkpoint_exclude = ("buffer_dataloader", "buffer_dliter", "reference_gradients", "samplers")
 
@@ -54,7 +58,7 @@ class AGEMPlugin(AvalancheAGEMPlugin):
         ]
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Take in the experience; the pieces of an online stream share the memory of the experience they are cut from."""
+        """Take in the experience; the pieces of an online stream share the memory of the one they are cut from."""
         experience = strategy.experience
         if not isinstance(experience, OnlineCLExperience):
             self.update_memory(experience.dataset)

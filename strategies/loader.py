@@ -275,7 +275,9 @@ class BatchLoader:
                 if self.served >= total:
                     break
                 self.served += 1
-                yield self.source.finish(list(piece))
+                images, *labels = piece
+                # Copies: a view of the chunk, saved for backward, would keep the whole of it alive.
+                yield self.source.finish([images, *(part.clone() for part in labels)])
 
     def _draw(self) -> Tensor:
         count = len(self.source)

@@ -30,7 +30,13 @@ class SIPlugin(SupervisedPlugin):
         max_importance: cap of the importance of a parameter; ``None`` for none.
     """
 
-    memory_names = {"_path": "path", "_start": "path_start", "_before": "weights_before_step"}
+    memory_names = {
+        "importance": "importance",
+        "anchor": "anchor",
+        "_path": "path",
+        "_start": "path_start",
+        "_before": "weights_before_step",
+    }
 
     def __init__(self, si_lambda: float = 1.0, *, damping: float = 1e-3, max_importance: float | None = 1e-3) -> None:
         super().__init__()

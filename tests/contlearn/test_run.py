@@ -117,9 +117,10 @@ def test_the_accuracy_matrix_is_what_the_models_answer_with_all_seen_classes_com
 def test_a_class_that_is_still_to_come_does_not_compete() -> None:
     # At a learning rate of 0 the ten outputs keep their first weights, under which any of them may win.
     stream = scenarios.class_incremental("digits", n_experiences=3)
-    model = models.create("mlp", stream, seed=0, head="fixed").eval()
+    model = models.create("mlp", stream, seed=0, head="fixed")
     strategy = strategies.create("naive", model, lr=0.0, device="cpu")
     found = run(strategy, stream, quiet=True).accuracy_matrix
+    model.eval()
     tests = [test.dataset for test in stream.streams["test"]]
     seen: set[int] = set()
     for row, experience in zip(found, stream.streams["train"], strict=True):

@@ -19,7 +19,7 @@ from contlearn import models, scenarios, strategies
 from contlearn.state import Decoder, Encoder, Samples, Unstorable
 
 STREAMS: dict[str, dict[str, Any]] = {
-    "class_incremental": {"n_experiences": 3},
+    "class_incremental": {"n_experiences": 3, "augment": "crop_flip"},
     "task_incremental": {"n_experiences": 3},
     "domain_incremental": {"n_experiences": 2},
     "blurry": {"n_experiences": 3},
@@ -49,7 +49,8 @@ def move(name: str, value: Any) -> Any:
 
 
 def rows(dataset: Any) -> list[tuple[Any, ...]]:
-    """Every sample as plain numbers: pixels after the transform, label, added attributes, task."""
+    """Every sample as plain numbers: pixels after the transform of the current group, label, added attributes, task."""
+    torch.manual_seed(0)  # augmentations draw
     return [
         tuple(part.tolist() if hasattr(part, "tolist") else part for part in dataset[i]) for i in range(len(dataset))
     ]
