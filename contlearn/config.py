@@ -29,6 +29,13 @@ SECTIONS = ("scenario", "model", "strategy")
 DEFAULT_NAMES = {"scenario": "class_incremental", "model": "mlp", "strategy": "naive"}
 RUN_OPTIONS = (
     Option("seed", int, 0, "Seeds the weights and every random source of training."),
+    Option(
+        "memory_budget",
+        int | str | None,
+        None,
+        "Bytes (16MB) of everything that must survive a power cut: weights, method state and exemplars; the number of "
+        "exemplars follows.",
+    ),
     Option("threads", int | None, None, "Compute threads; small networks run faster on 1. Default: PyTorch's choice."),
     Option("loggers", list[Literal["tensorboard", "csv"]], [], "Logs beside the run's own records, in its folder."),
 )
@@ -169,7 +176,12 @@ def build_on(stream: Any, resolved: dict[str, Any]) -> Any:
         model_spec["seed"] = resolved["seed"]
     model = models.create(model_spec.pop("name"), stream, **model_spec)
     strategy_spec = dict(resolved["strategy"])
-    return strategies.create(strategy_spec.pop("name"), model, **strategy_spec)
+    strategy = strategies.create(strategy_spec.pop("name"), model, **strategy_spec)
+    if resolved.get("memory_budget") is not None:
+        from contlearn.memory import budget
+
+        budget.apply(strategy, stream, resolved["memory_budget"])
+    return strategy
 
 
 def make_stream(resolved: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from avalanche.training.storage_policy import ReservoirSamplingBuffer
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
-from contlearn.strategies.memories import require_positive
+from contlearn.strategies.memories import require_positive, take_in
 from contlearn.strategies.rehearsal import Rehearsal
 
 
@@ -66,7 +66,7 @@ class AGEMPlugin(AvalancheAGEMPlugin):
         if self.reservoir is None or experience.logging().is_first_subexp:
             self.reservoir = ReservoirSamplingBuffer(self.patterns_per_experience)
             self.buffers.append(self.reservoir.buffer)
-        self.reservoir.update_from_dataset(experience.dataset)
+        take_in(self.reservoir, strategy, experience)
         self.buffers[-1] = self.reservoir.buffer
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contlearn.strategies.loader import BatchSource, CyclingSampler
-from contlearn.strategies.memories import LogitMemory, require_positive
+from contlearn.strategies.memories import LogitMemory, require_positive, take_in
 from contlearn.strategies.rehearsal import Rehearsal
 
 
@@ -99,7 +99,7 @@ class DER(Rehearsal):
 
     def _after_training_exp(self, **kwargs: Any) -> None:
         self.memory = None
-        self.storage_policy.post_adapt(self, self.experience)
+        take_in(self.storage_policy, self, self.experience)
         super()._after_training_exp(**kwargs)
 
     def training_state(self) -> dict[str, Any]:

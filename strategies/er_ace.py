@@ -10,7 +10,7 @@ from avalanche.models import avalanche_forward
 from torch import Tensor
 
 from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
-from contlearn.strategies.memories import Policy, require_positive, storage_policy
+from contlearn.strategies.memories import Policy, require_positive, storage_policy, take_in
 from contlearn.strategies.rehearsal import Rehearsal
 
 
@@ -61,7 +61,7 @@ class ERACE(Rehearsal):
     def _before_training_exp(self, **kwargs: Any) -> None:
         if not self._fitted:  # the memory takes this experience in before the base class looks at it
             self.fit_memory(self.experience)
-        self.storage_policy.post_adapt(self, self.experience)
+        take_in(self.storage_policy, self, self.experience)
         buffer = self.storage_policy.buffer
         if len(buffer) and self.clock.train_exp_counter > 0:
             self.memory = CyclingSampler(

@@ -6,7 +6,7 @@ from typing import Any
 
 from avalanche.training.plugins import GDumbPlugin as AvalancheGDumbPlugin
 
-from contlearn.strategies.memories import require_positive
+from contlearn.strategies.memories import require_positive, take_in
 from contlearn.strategies.rehearsal import Rehearsal
 
 
@@ -31,7 +31,7 @@ class GDumbPlugin(AvalancheGDumbPlugin):
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Take in the experience and train on the memory alone."""
-        self.storage_policy.post_adapt(strategy, strategy.experience)
+        take_in(self.storage_policy, strategy, strategy.experience)
         strategy.adapted_dataset = self.storage_policy.buffer.train()
 
 

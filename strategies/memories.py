@@ -56,6 +56,19 @@ def storage_policy(name: Policy, memory_size: int) -> ExemplarsBuffer:
     raise ContlearnError(f"policy: expected reservoir, class_balanced, experience_balanced or herding, got {name!r}")
 
 
+def take_in(policy: ExemplarsBuffer, agent: Any, experience: Any) -> None:
+    """Update a storage policy with an experience.
+
+    Avalanche keeps the weights of a reservoir as a slice of those of every sample it has just looked at; a copy lets
+    the rest go.
+    """
+    policy.post_adapt(agent, experience)
+    groups = getattr(policy, "buffer_groups", None)
+    for buffer in [policy] if groups is None else groups.values():
+        if isinstance(buffer, ReservoirSamplingBuffer):
+            buffer._buffer_weights = buffer._buffer_weights.clone()
+
+
 @torch.no_grad()
 def outputs_of(module: Any, dataset: AvalancheDataset[Any], *, device: torch.device, batch_size: int = 512) -> Tensor:
     """``module`` applied to every sample of ``dataset`` under its evaluation transform: ``(n, ...)`` on the CPU.

@@ -7,7 +7,7 @@ from typing import Any
 from avalanche.training.plugins import ReplayPlugin as AvalancheReplayPlugin
 
 from contlearn.strategies.loader import BatchLoader, BatchSource, CyclingSampler, ReplayLoader
-from contlearn.strategies.memories import Policy, require_positive, storage_policy
+from contlearn.strategies.memories import Policy, require_positive, storage_policy, take_in
 from contlearn.strategies.rehearsal import Rehearsal
 from contlearn.strategies.template import SupervisedTemplate
 
@@ -53,7 +53,7 @@ class ReplayPlugin(AvalancheReplayPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Take in the experience."""
-        self.storage_policy.post_adapt(strategy, strategy.experience)
+        take_in(self.storage_policy, strategy, strategy.experience)
 
 
 class Replay(Rehearsal):
