@@ -66,4 +66,5 @@ def fixed_bytes(strategy: Any, stream: Any) -> int:
     moments = 0
     if not strategy.reset_optimizer:
         moments = 2 if spec["optimizer"] in ("adam", "adamw") else int(bool(spec["momentum"]))
-    return weights + copies * (trainable if spec["name"] in ("ewc", "si") else weights) + moments * trainable
+    total: int = weights + copies * (trainable if spec["name"] in ("ewc", "si") else weights) + moments * trainable
+    return total
