@@ -65,9 +65,22 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         ContlearnError: no such file, not YAML, not a mapping, or an unknown top-level key.
     """
+    config = require_mapping(read(path), f"config {str(path)!r}")
+    for key in config:
+        if key not in TOP_LEVEL:
+            raise _unknown_key(key, TOP_LEVEL, f"config {str(path)!r}")
+    return config
+
+
+def read(path: str | Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ContlearnError: no such file (with the nearest), not readable, or not YAML.
+    """
     file = Path(path)
     try:
-        content = _yaml(file.read_text(encoding="utf-8"))
+        return _yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {str(file.with_name(near[0]))!r}?" if near else ""
@@ -76,11 +89,6 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ContlearnError(f"config {str(file)!r}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise ContlearnError(f"config {str(file)!r}: not valid YAML ({error})") from None
-    config = require_mapping(content, f"config {str(file)!r}")
-    for key in config:
-        if key not in TOP_LEVEL:
-            raise _unknown_key(key, TOP_LEVEL, f"config {str(file)!r}")
-    return config
 
 
 def resolve(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -21,9 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from contlearn.config import _yaml
+from contlearn.config import read
 from contlearn.errors import ContlearnError, nearest
 from contlearn.memory.units import parse_bytes
 
@@ -86,18 +84,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         ContlearnError: no such file, not YAML, or no mapping.
     """
-    file = Path(path)
-    try:
-        content = _yaml(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {str(file.with_name(near[0]))!r}?" if near else ""
-        raise ContlearnError(f"config {str(file)!r}: no such file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ContlearnError(f"config {str(file)!r}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ContlearnError(f"config {str(file)!r}: not valid YAML ({error})") from None
-    return _mapping(content, f"config {str(file)!r}")
+    return _mapping(read(path), f"config {str(path)!r}")
 
 
 def check(content: Mapping[str, Any], *, seeds: int | None = None) -> Specification:

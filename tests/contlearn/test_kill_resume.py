@@ -32,7 +32,7 @@ def same_end(whole: Path, pieces: Path) -> None:
     for name in ("model.safetensors", "config.yaml"):
         assert (whole / name).read_bytes() == (pieces / name).read_bytes(), name
     mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (whole, pieces))
-    for key in ("accuracy_matrix", "accuracy_seen", "metrics", "status", "classes_per_experience"):
+    for key in ("accuracy_matrix", "accuracy_seen", "metrics", "memory", "status", "classes_per_experience"):
         assert mine[key] == theirs[key], key
 
 
