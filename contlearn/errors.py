@@ -16,6 +16,10 @@ class ContlearnError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+class Interrupted(Exception):
+    """Raised between two iterations after ``interrupt`` of a strategy was set."""
+
+
 def nearest(name: object, valid: Iterable[str]) -> str | None:
     """The valid name closest to ``name``, or ``None`` when nothing is close."""
     matches = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 
 from contlearn import results as results_module
 from contlearn.checkpoint import CheckpointFolder, Position
-from contlearn.errors import ContlearnError
+from contlearn.errors import ContlearnError, Interrupted
 from contlearn.events import FILE_NAME as EVENTS
 from contlearn.files import atomic_write_bytes, atomic_write_text, unwritable
 from contlearn.memory.account import MemoryAccount
@@ -347,9 +347,7 @@ class _Session:
         self.recorder.start_experience(row, experiences, first=index == 0 or _is_first_piece(experiences[0]))
         try:
             self.strategy.train(experiences if self.joint else experiences[0], eval_streams=[])
-        except BaseException as error:
-            if type(error).__name__ != "Interrupted":
-                raise
+        except Interrupted:
             self.recorder.stopped()
             self._store(index, inside=True)
             self._stop()

@@ -20,16 +20,12 @@ from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from contlearn.errors import ContlearnError
+from contlearn.errors import ContlearnError, Interrupted
 from contlearn.strategies import schedule
 from contlearn.strategies.loader import BatchLoader, BatchSource
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
 _NO_OPS = (BasePlugin, BaseSGDPlugin, SupervisedPlugin)
-
-
-class Interrupted(Exception):
-    """Raised between two iterations after ``SupervisedTemplate.interrupt`` was set."""
 
 
 def make_optimizer(

@@ -12,8 +12,8 @@ from avalanche.training.supervised import Naive as AvalancheNaive
 from torch import nn
 
 from contlearn import strategies
-from contlearn.errors import ContlearnError
-from contlearn.strategies.template import Interrupted, SupervisedTemplate
+from contlearn.errors import ContlearnError, Interrupted
+from contlearn.strategies.template import SupervisedTemplate
 
 HOOKS = sorted(name for name in dir(SupervisedPlugin) if name.startswith(("before_", "after_")))
 
