@@ -182,7 +182,15 @@ def build_on(stream: Any, resolved: dict[str, Any]) -> Any:
     model_spec = dict(resolved["model"])
     if model_spec.get("seed") is None:
         model_spec["seed"] = resolved["seed"]
-    model = models.create(model_spec.pop("name"), stream, **model_spec)
+    name = model_spec.pop("name")
+    try:
+        model = models.create(name, stream, **model_spec)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise ContlearnError(
+            f"model {name!r}: not enough memory for the weights that its options ask for; expected a smaller model"
+        ) from None
     strategy_spec = dict(resolved["strategy"])
     strategy = strategies.create(strategy_spec.pop("name"), model, **strategy_spec)
     if resolved.get("memory_budget") is not None:

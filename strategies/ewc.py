@@ -69,6 +69,8 @@ class EWC(SupervisedTemplate):
     ) -> None:
         if mode not in ("separate", "online"):
             raise ContlearnError(f"mode: expected separate or online, got {mode!r}")
+        if ewc_lambda < 0:
+            raise ContlearnError(f"ewc_lambda: expected at least 0, got {ewc_lambda}")
         super().__init__(**kwargs)
         plugin = EWCPlugin(ewc_lambda, mode=mode, decay_factor=decay_factor if mode == "online" else None)
         self.plugins.insert(0, plugin)

@@ -32,6 +32,8 @@ def factor(
     """
     if name not in ("constant", "linear", "cosine", "multistep"):
         raise ContlearnError(f"lr_schedule: expected constant, linear, cosine or multistep, got {name!r}")
+    if gamma <= 0:
+        raise ContlearnError(f"gamma: expected more than 0, got {gamma}")
     if warmup_epochs and warmup_epochs >= epochs:
         raise ContlearnError(
             f"warmup_epochs: expected fewer than the {epochs} epochs of an experience, got {warmup_epochs}"

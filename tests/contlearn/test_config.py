@@ -203,3 +203,20 @@ def test_the_thread_count_is_set() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_model_that_memory_cannot_hold_is_one_line() -> None:
+    with pytest.raises(ContlearnError, match="model 'mlp': not enough memory"):
+        config.build(resolve("model: {name: mlp, hidden: 100000000000}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("strategy: {name: ewc, ewc_lambda: -1}", "ewc_lambda: expected at least 0, got -1"),
+        ("strategy: {name: naive, lr_schedule: multistep, milestones: [1], gamma: -1}", "gamma: expected more than 0"),
+    ],
+)
+def test_factors_that_would_train_backwards_are_refused(text: str, named: str) -> None:
+    with pytest.raises(ContlearnError, match=named):
+        config.build(resolve(text))
