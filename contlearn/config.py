@@ -16,6 +16,7 @@ from contlearn.options import (
     Option,
     choices,
     model_options,
+    plugin_options,
     require_mapping,
     scenario_options,
     strategy_options,
@@ -130,9 +131,10 @@ def resolve(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
                 except yaml.YAMLError:
                     raise ContlearnError(f"{key[2:]}: expected a YAML value, got {value!r}") from None
                 free.remove(argument)
-    parsed = _parse(parser, given, free, options)
+    parsed = _parse(parser, given, free, _types(options))
     resolved = {section: {"name": names[section], **(parsed.get(section) or {})} for section in SECTIONS}
     resolved["model"].update(extra)
+    resolved["strategy"]["plugins"] = _resolved_plugins(resolved["strategy"].get("plugins") or [])
     return {**resolved, **{option.name: parsed[option.name] for option in RUN_OPTIONS}}
 
 
@@ -266,13 +268,43 @@ def _yaml(text: str) -> Any:
         loader.dispose()
 
 
-def _parse(
-    parser: ArgumentParser, given: dict[str, Any], overrides: list[str], options: dict[str, list[Option] | None]
-) -> dict[str, Any]:
+def _resolved_plugins(entries: Sequence[str | dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every entry as a mapping of its name and all its options."""
+    from jsonargparse import ArgumentParser
+
+    resolved = []
+    for index, entry in enumerate(entries):
+        where = f"strategy.plugins[{index}]"
+        given = {"name": entry} if isinstance(entry, str) else dict(require_mapping(entry, where))
+        name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise ContlearnError(f"{where}: expected a name, or a mapping with one as in '{{name: l2}}', got {entry!r}")
+        types = {option.name: option for option in plugin_options(name)}
+        for key in given:
+            if key not in types:
+                raise _unknown_key(key, list(types), f"{where} {name!r}")
+        parser = ArgumentParser(exit_on_error=False)
+        for option in types.values():
+            parser.add_argument(f"--{option.name}", type=option.type, default=option.default)
+        try:
+            resolved.append({"name": name, **_parse(parser, given, [], types)})
+        except ContlearnError as error:
+            raise ContlearnError(f"{where}.{error}") from None
+    return resolved
+
+
+def _types(options: dict[str, list[Option] | None]) -> dict[str, Option]:
+    """Every option of a run by its key."""
     types = {option.name: option for option in RUN_OPTIONS}
     for section in SECTIONS:
         for option in options[section] or options.get(f"{section}-common") or []:
             types[f"{section}.{option.name}"] = option
+    return types
+
+
+def _parse(
+    parser: ArgumentParser, given: dict[str, Any], overrides: list[str], types: dict[str, Option]
+) -> dict[str, Any]:
     _check_overrides(overrides, types)
     try:
         base = parser.parse_object(given)
@@ -314,7 +346,7 @@ def _at(values: Any, key: str) -> Any:
 def _unknown_key(key: str, valid: Sequence[str], where: str, prefix: str = "") -> ContlearnError:
     close = nearest(key, valid)
     hint = f"; did you mean {prefix + close!r}?" if close else ""
-    listing = ", ".join(valid) if len(valid) <= 40 else f"{len(valid)} options; see --help"
+    listing = ", ".join(valid) if len(valid) <= 60 else f"{len(valid)} options; see --help"
     return ContlearnError(f"{where}: unknown key {prefix + key!r}{hint} (expected one of: {listing})")
 
 

@@ -61,15 +61,21 @@ def plain_type(annotation: Any, function: Callable[..., Any]) -> Any:
             except NameError:
                 continue
         annotation = Union[tuple(members)] if members else None  # noqa: UP007 (built from a list)
-    if annotation is None:
-        return None
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        kept = [member for member in typing.get_args(annotation) if _is_plain(member)]
-        kept = [_listed(member) for member in kept]
-        if not [member for member in kept if member is not type(None)]:
-            return None
-        return Union[tuple(kept)]  # noqa: UP007 (built from a list)
-    return _listed(annotation) if _is_plain(annotation) else None
+    return _plain_part(annotation)
+
+
+def _plain_part(annotation: Any) -> Any:
+    """What of a type YAML can give, sequences as lists; ``None`` when nothing is left."""
+    origin, members = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        kept = [part for part in map(_plain_part, members) if part is not None]
+        return Union[tuple(kept)] if set(kept) - {type(None)} else None  # noqa: UP007 (built from a list)
+    if annotation in PLAIN or origin is Literal:
+        return annotation
+    if origin in (list, tuple, Sequence):
+        item = _plain_part(members[0])
+        return None if item is None else list[item]  # type: ignore[valid-type]
+    return dict if origin is dict or annotation is dict else None
 
 
 def _evaluate(text: str, function: Callable[..., Any]) -> Any:
@@ -89,20 +95,6 @@ def _alternatives(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _is_plain(annotation: Any) -> bool:
-    if annotation in PLAIN or typing.get_origin(annotation) is Literal:
-        return True
-    origin = typing.get_origin(annotation)
-    return origin in (list, tuple, Sequence) and all(_is_plain(a) for a in typing.get_args(annotation) if a is not ...)
-
-
-def _listed(annotation: Any) -> Any:
-    """Sequences as lists: what YAML gives."""
-    if typing.get_origin(annotation) in (tuple, Sequence):
-        return list[typing.get_args(annotation)[0]]  # type: ignore[misc]
-    return annotation
-
-
 def arguments(docstring: str) -> dict[str, str]:
     """The ``Args:`` section of a Google-style docstring, each text on one line."""
     from docstring_parser import parse
@@ -120,8 +112,10 @@ def type_name(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(member) for member in members)
     if origin is list:
-        items = {int: "whole numbers", float: "numbers", str: "texts"}
+        items = {int: "whole numbers", float: "numbers", str: "texts", str | dict: "names or mappings with a name"}
         return f"a list of {items.get(members[0]) or ', '.join(choices(members[0])) or type_name(members[0])}"
+    if annotation is dict:
+        return "a mapping"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
@@ -177,11 +171,27 @@ def strategy_options(name: str) -> list[Option]:
     from contlearn.strategies.registry import describe
 
     info = describe(name)
-    classes = [
-        cls for cls in info.load().__mro__ if cls.__module__.startswith("contlearn.") and "__init__" in vars(cls)
-    ]
-    found = options_of(*classes)
+    classes = _ours(info.load())
+    found = options_of(*(_ours(info.load_plugin()) if info.kind == "plug-in" else []), *classes)
     return [Option(o.name, o.type, info.defaults.get(o.name, o.default), o.help) for o in found]
+
+
+def plugin_options(name: str) -> list[Option]:
+    """Options of a method as a plug-in.
+
+    Raises:
+        ContlearnError: unknown name, or a method that cannot be joined to another.
+    """
+    from contlearn.strategies.registry import describe_plugin
+
+    info = describe_plugin(name)
+    found = options_of(*_ours(info.load_plugin()))
+    return [Option(o.name, o.type, info.defaults.get(o.name, o.default), o.help) for o in found]
+
+
+def _ours(cls: type) -> list[type]:
+    """The class and its bases, as far as they are ours and have options."""
+    return [one for one in cls.__mro__ if one.__module__.startswith("contlearn.") and "__init__" in vars(one)]
 
 
 def _without(options: list[Option], *names: str) -> list[Option]:

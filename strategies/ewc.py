@@ -18,7 +18,25 @@ class EWCPlugin(AvalancheEWCPlugin):
 
     The importance is Avalanche's: the mean over mini-batches of the squared gradient of the batch loss, in evaluation
     mode (not the per-sample Fisher diagonal, which is larger by about the batch size).
+
+    Args:
+        ewc_lambda: weight of the penalty.
+        mode: ``separate`` keeps one penalty per past experience, ``online`` a single one with decay (arXiv 1805.06370).
+        decay_factor: decay of the importance in ``online`` mode.
     """
+
+    def __init__(
+        self,
+        ewc_lambda: float = 1.0,
+        *,
+        mode: Literal["separate", "online"] = "separate",
+        decay_factor: float = 1.0,
+    ) -> None:
+        if mode not in ("separate", "online"):
+            raise ContlearnError(f"mode: expected separate or online, got {mode!r}")
+        if ewc_lambda < 0:
+            raise ContlearnError(f"ewc_lambda: expected at least 0, got {ewc_lambda}")
+        super().__init__(ewc_lambda, mode=mode, decay_factor=decay_factor if mode == "online" else None)
 
     memory_names = {"saved_params": "anchor", "importances": "fisher"}
 
@@ -67,10 +85,5 @@ class EWC(SupervisedTemplate):
         decay_factor: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if mode not in ("separate", "online"):
-            raise ContlearnError(f"mode: expected separate or online, got {mode!r}")
-        if ewc_lambda < 0:
-            raise ContlearnError(f"ewc_lambda: expected at least 0, got {ewc_lambda}")
         super().__init__(**kwargs)
-        plugin = EWCPlugin(ewc_lambda, mode=mode, decay_factor=decay_factor if mode == "online" else None)
-        self.plugins.insert(0, plugin)
+        self.plugins.insert(0, EWCPlugin(ewc_lambda, mode=mode, decay_factor=decay_factor))

@@ -19,12 +19,14 @@ class StrategyInfo:
 
     Attributes:
         name: what ``create`` and the command line call it.
-        cls: import string of its class.
+        cls: import string of its class; of a plug-in, that of the strategy it is joined to when it is run by its own
+            name (plain fine-tuning).
         kind: what it is for.
         description: one line.
         paper: arXiv id or venue.
         implementation: whose code does the method's own work: Avalanche's, or ours and why.
-        composes_with: plug-in families it can be joined with.
+        plugin: import string of the plug-in that does its work; empty for methods that cannot be joined to another.
+        composes_with: plug-ins it can be joined with.
         exportable: whether its training step can be exported to a device.
         status: ``stable`` once its "must show" figures were seen.
         defaults: method options that differ from the class's own defaults.
@@ -37,6 +39,7 @@ class StrategyInfo:
     description: str
     paper: str
     implementation: str
+    plugin: str = ""
     composes_with: tuple[str, ...] = ("any plug-in",)
     exportable: bool = False
     status: str = "stable"
@@ -45,13 +48,44 @@ class StrategyInfo:
 
     def load(self) -> type:
         """The strategy's class."""
-        module, attribute = self.cls.split(":")
-        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+        return _loaded(self.cls)
+
+    def load_plugin(self) -> type:
+        """The plug-in's class; only of a method that can be joined to another."""
+        return _loaded(self.plugin)
 
 
-def _record(name: str, where: str, description: str, paper: str, implementation: str, **more: Any) -> StrategyInfo:
+def _loaded(where: str) -> type:
+    module, attribute = where.split(":")
+    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def _record(
+    name: str, where: str, description: str, paper: str, implementation: str, *, plugin: str = "", **more: Any
+) -> StrategyInfo:
     return StrategyInfo(
-        name, f"contlearn.strategies.{where}", "class-incremental", description, paper, implementation, **more
+        name,
+        f"contlearn.strategies.{where}",
+        "class-incremental",
+        description,
+        paper,
+        implementation,
+        plugin=f"contlearn.strategies.{plugin}" if plugin else "",
+        **more,
+    )
+
+
+def _plugin(name: str, where: str, description: str, paper: str, source: str, **more: Any) -> StrategyInfo:
+    return StrategyInfo(
+        name,
+        "contlearn.strategies.naive:Naive",
+        "plug-in",
+        description,
+        paper,
+        "ours",
+        plugin=f"contlearn.strategies.{where}",
+        source_of_defaults=source,
+        **more,
     )
 
 
@@ -61,7 +95,7 @@ _RECORDS = (
     _record("cumulative", "joint:Cumulative", "Training on all data seen so far.", "-", "ours (the template)"),
     _record(
         "replay", "replay:Replay", "Rehearsal from a memory (reservoir, balanced, herding).", "arXiv 1902.10486",
-        "Avalanche plug-in and buffers; herding ours (Avalanche re-herds old exemplars)",
+        "Avalanche plug-in and buffers; herding ours (Avalanche re-herds old exemplars)", plugin="replay:ReplayPlugin",
     ),
     _record(
         "er_ace", "er_ace:ERACE", "Replay with an asymmetric cross-entropy.", "arXiv 2104.05025",
@@ -77,19 +111,20 @@ _RECORDS = (
     ),
     _record(
         "lwf", "lwf:LwF", "Distillation from the model after the last experience.", "arXiv 1606.09282",
-        "Avalanche plug-in, teacher in evaluation mode",
+        "Avalanche plug-in, teacher in evaluation mode", plugin="lwf:LwFPlugin",
     ),
     _record(
         "ewc", "ewc:EWC", "Quadratic penalty weighted by the Fisher diagonal.", "arXiv 1612.00796",
-        "Avalanche plug-in, batched importance pass",
+        "Avalanche plug-in, batched importance pass", plugin="ewc:EWCPlugin",
     ),
     _record(
         "si", "si:SI", "Penalty from each weight's share in the fall of the loss.", "arXiv 1703.04200",
-        "ours (Avalanche's does nothing on the CPU)", source_of_defaults="arXiv 1703.04200; cap of arXiv 1806.08568",
+        "ours (Avalanche's does nothing on the CPU)", plugin="si:SIPlugin",
+        source_of_defaults="arXiv 1703.04200; cap of arXiv 1806.08568",
     ),
     _record(
         "agem", "agem:AGEM", "Gradients that would hurt the memory are projected.", "arXiv 1812.00420",
-        "Avalanche plug-in, batched and resumable memory",
+        "Avalanche plug-in, batched and resumable memory", plugin="agem:AGEMPlugin",
     ),
     _record(
         "gdumb", "gdumb:GDumb", "Train from scratch on a greedy class-balanced memory.", "ECCV 2020 (Prabhu et al.)",
@@ -112,4 +147,16 @@ def describe(name: str) -> StrategyInfo:
     """
     if name not in STRATEGIES:
         raise unknown_name("strategy", name, STRATEGIES)
+    return STRATEGIES[name]
+
+
+def describe_plugin(name: str) -> StrategyInfo:
+    """The record of a method that can be joined to another.
+
+    Raises:
+        ContlearnError: unknown name, or a method that stands alone; the message gives the nearest that can be joined.
+    """
+    joinable = [record.name for record in _RECORDS if record.plugin]
+    if name not in joinable:
+        raise unknown_name("plug-in", name, joinable)
     return STRATEGIES[name]

@@ -20,6 +20,7 @@ from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from contlearn import strategies
 from contlearn.errors import ContlearnError, Interrupted
 from contlearn.strategies import schedule
 from contlearn.strategies.loader import BatchLoader, BatchSource
@@ -88,7 +89,8 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         eval_batch_size: samples per batch when evaluating.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``.
         criterion: loss of outputs and targets (Python only); default: cross-entropy.
-        plugins: Avalanche ``SupervisedPlugin`` objects (Python only).
+        plugins: other methods to join (``contlearn list strategies`` names them): names, or mappings of a name and
+            options, such as ``[l2, {name: nap, every: 10}]``; in Python also Avalanche ``SupervisedPlugin`` objects.
         evaluator: Avalanche ``EvaluationPlugin`` (Python only); default: none, since a run keeps its own records.
 
     Raises:
@@ -119,7 +121,7 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         eval_batch_size: int = 512,
         device: str = "auto",
         criterion: nn.Module | None = None,
-        plugins: Sequence[SupervisedPlugin] | None = None,
+        plugins: Sequence[str | dict[str, Any] | SupervisedPlugin] = (),
         evaluator: EvaluationPlugin | None = None,
     ) -> None:
         for name, value, least in (
@@ -132,6 +134,12 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         if amp not in ("none", "bf16", "fp16"):
             raise ContlearnError(f"amp: expected none, bf16 or fp16, got {amp!r}")
         placed = resolve_device(device)
+        joined = strategies.joined(plugins)
+        for plugin in joined:
+            # What a plug-in inserts into the model is optimised, stored and counted like the rest of it.
+            prepare = getattr(plugin, "prepare_model", None)
+            if prepare is not None:
+                prepare(model)
         if not isinstance(optimizer, Optimizer):
             optimizer = make_optimizer(
                 optimizer, model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
@@ -144,7 +152,7 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
             train_epochs=epochs,
             eval_mb_size=eval_batch_size,
             device=placed,
-            plugins=list(plugins or []),
+            plugins=joined,
             evaluator=evaluator if evaluator is not None else _silent_evaluator(),
         )
         self.spec: dict[str, Any] = {"name": type(self).__name__}
@@ -221,6 +229,12 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         kwargs.setdefault("reset_optimizer_state", self.reset_optimizer)
         super().check_model_and_optimizer(**kwargs)
         self.scheduler = schedule.start(self.optimizer, self.base_rates, self.rate_factor)
+
+    @property
+    def pass_targets(self) -> Tensor:
+        """Labels ``(batch,)`` of the samples of the forward pass that is about to run, in the order of its rows."""
+        targets: Tensor = self.mb_y
+        return targets
 
     def forward(self) -> Tensor:
         """The model's output ``(batch, outputs)`` on the current batch."""

@@ -14,6 +14,7 @@ class Classifier(nn.Module):
         backbone: Maps (batch, channels, height, width) to (batch, feature_dim).
         head: Maps (batch, feature_dim) to (batch, outputs); output ``i`` is class label ``i``.
         feature_dim: Number of features.
+        input_shape: (channels, height, width) of the images it was made for; ``None`` when put together by hand.
         spec: The arguments that ``contlearn.models.create`` was given, defaults filled in; plain data for a run's
             config. Empty for a model that was put together by hand.
     """
@@ -25,6 +26,7 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = head
         self.feature_dim = feature_dim
+        self.input_shape: tuple[int, int, int] | None = None
         self.spec = dict(spec or {})
 
     def features(self, x: Tensor) -> Tensor:

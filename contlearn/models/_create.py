@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -14,6 +14,8 @@ from contlearn.models._registry import TIMM_FACTORY, TIMM_PREFIX, describe
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from contlearn.models._classifier import Classifier
 
 HeadKind = Literal["auto", "growing", "task", "fixed"]
 
@@ -41,6 +43,7 @@ def create(
     seed: int | None = None,
     head: HeadKind = "auto",
     weights: str | os.PathLike[str] | None = None,
+    trainable: Sequence[str] | None = None,
     **options: Any,
 ) -> nn.Module:
     """A model for ``stream``: a ``Classifier``, or a ``TaskClassifier`` for the head ``task``.
@@ -55,6 +58,9 @@ def create(
             ``auto`` is ``task`` where task ids are given at test time, else ``growing``.
         weights: Weights of the backbone: a local file (.safetensors, .pth, .pt, .bin; tensors only), or
             ``"imagenet"`` for ``efficientnet_lite0``.
+        trainable: What of the backbone trains: patterns over parameter names (``stage3.*``), ``qkv`` (the query, key
+            and value projections of every self-attention block), ``norms``, or ``head`` (nothing of it). The rest
+            is frozen; the head always trains. None trains everything.
         options: Options of the model; see the factory that ``describe(name)`` names.
 
     Raises:
@@ -77,6 +83,7 @@ def create(
         **options,
         "head": head,
         "weights": None if weights is None else os.fspath(weights),
+        "trainable": None if trainable is None else [*trainable],
         "seed": seed,
     }
     with _seeded(seed):
@@ -85,10 +92,18 @@ def create(
             from contlearn.models._weights import load_weights
 
             load_weights(backbone, weights, model=info.name)
-        return _with_head(backbone, head, outputs, spec)
+        if trainable is not None:
+            from contlearn.models._selection import select_trainable
+
+            if isinstance(trainable, str):
+                raise ContlearnError(f"trainable: expected a list of patterns, got {trainable!r}")
+            select_trainable(backbone, trainable, model=info.name)
+        model = _with_head(backbone, head, outputs, spec)
+        model.input_shape = shape
+        return model
 
 
-def _with_head(backbone: Any, head: str, outputs: int, spec: dict[str, Any]) -> nn.Module:
+def _with_head(backbone: Any, head: str, outputs: int, spec: dict[str, Any]) -> Classifier:
     from contlearn.models._classifier import Classifier
 
     features: int = backbone.feature_dim

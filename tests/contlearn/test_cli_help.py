@@ -144,7 +144,8 @@ def test_help_documents_every_option_of_what_was_chosen(
     page = documented(said("run", "--help", f"--{section}.name={name}"))
     known = options(name)
     if known is None:  # the library that owns the model knows them
-        known = [option for option in model_options("mlp") or [] if option.name in ("head", "weights", "seed")]
+        common = ("head", "weights", "trainable", "seed")
+        known = [option for option in model_options("mlp") or [] if option.name in common]
     for option in known:
         text = page[f"--{section}.{option.name}"]
         assert text.startswith(option.help.split("%")[0][:40]), option.name

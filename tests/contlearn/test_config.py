@@ -44,7 +44,7 @@ def test_a_stream_from_defaults_says_the_same_as_its_configuration(name: str) ->
 
 @pytest.mark.parametrize("name", strategies.list())
 def test_every_option_of_a_strategy_can_be_given(name: str) -> None:
-    python_only = {"criterion", "plugins", "evaluator"}
+    python_only = {"criterion", "evaluator"}
     assert {option.name for option in strategy_options(name)} == set(strategies.parameters(name)) - python_only
 
 
@@ -164,6 +164,7 @@ def test_options_of_a_timm_model_are_passed_through(tmp_path: Path) -> None:
         "name": "resnet10t",
         "head": "fixed",
         "weights": None,
+        "trainable": None,
         "drop_rate": 0.1,
         "zero_init_last": False,
         "output_stride": 16,
@@ -180,6 +181,23 @@ def test_what_timm_does_not_know_is_named() -> None:
         resolve("model: {name: resnet10t}", "--model.foo=[1")
     with pytest.raises(ContlearnError, match=r"model\.head: expected one of auto, growing, task, fixed, got 'grown'"):
         resolve("model: {name: resnet10t}", "--model.head=grown")
+
+
+def test_plugins_are_filled_in_whether_named_or_given_with_options() -> None:
+    text = "strategy: {name: replay, plugins: [si, {name: lwf, temperature: 3}]}"
+    filled = [
+        {"name": "si", "si_lambda": 1.0, "damping": 0.001, "max_importance": 0.001},
+        {"name": "lwf", "alpha": 1.0, "temperature": 3.0, "teacher_in_train_mode": False},
+    ]
+    assert resolve(text)["strategy"]["plugins"] == filled
+    given = yaml.safe_dump({"strategy": {"name": "replay", "plugins": filled}})
+    assert resolve(given)["strategy"]["plugins"] == filled
+    assert resolve(text, "--strategy.plugins=[{name: si, damping: 1}]")["strategy"]["plugins"] == [
+        {"name": "si", "si_lambda": 1.0, "damping": 1.0, "max_importance": 0.001}
+    ]
+    strategy, _ = config.build(resolve(text))
+    assert strategy.spec["plugins"] == filled
+    assert [type(plugin).__name__ for plugin in strategy.plugins[:3]] == ["ReplayPlugin", "SIPlugin", "LwFPlugin"]
 
 
 # ---------------------------------------------------------------------- what is built

@@ -271,7 +271,8 @@ def test_without_a_seed_the_global_generator_decides():
 def test_the_spec_rebuilds_the_model():
     model = models.create("mlp", stream(), hidden=9, seed=4)
     assert model.spec == {
-        "name": "mlp", "hidden": 9, "hidden_layers": 1, "dropout": 0.5, "head": "growing", "weights": None, "seed": 4
+        "name": "mlp", "hidden": 9, "hidden_layers": 1, "dropout": 0.5, "head": "growing", "weights": None,
+        "trainable": None, "seed": 4,
     }  # fmt: skip
     options = dict(model.spec)
     assert_same_tensors(models.create(options.pop("name"), stream(), **options), model)
