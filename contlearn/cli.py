@@ -191,10 +191,12 @@ def _list(arguments: list[str]) -> int:
         return 0
     if not rows:
         raise unknown_name(f"{options.kind} matching", options.name, _registry(options.kind, None)[0])
-    table = Table("name", "description", "source", box=None, pad_edge=False)
+    joins = ["plug-in"] if options.kind == "strategies" else []
+    table = Table("name", *joins, "description", "source", box=None, pad_edge=False)
     for name in rows:
         record = details(name)
-        table.add_row(name, str(record.get("description", "")), str(record.get("paper") or record.get("source") or ""))
+        source = str(record.get("paper") or record.get("source") or "")
+        table.add_row(name, *("yes" * bool(record["plugin"]) for _ in joins), str(record.get("description", "")), source)
     console.print(table)
     return 0
 
@@ -214,6 +216,8 @@ def _registry(kind: str, pattern: str | None) -> tuple[list[str], Callable[[str]
     def details(name: str) -> dict[str, Any]:
         record = module.describe(name)
         found = {field.name: getattr(record, field.name) for field in fields(record)}
+        if hasattr(record, "composes_with"):
+            found["composes_with"] = ", ".join(record.composes_with)
         return {key: dict(value) if hasattr(value, "items") else value for key, value in found.items()}
 
     return list(names), details

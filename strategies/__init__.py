@@ -127,6 +127,12 @@ def create(name: str, model: nn.Module, **options: Any) -> SupervisedTemplate:
     _check_options(f"strategy {name!r}", options, known)
     resolved = {**info.defaults, **options}
     loop, others = dict(resolved), options.get("plugins") or ()
+    for entry in others if not isinstance(others, str | Mapping) else ():
+        other = _named(entry)[0] if isinstance(entry, str | Mapping) else None
+        if other == name:
+            raise ContlearnError(f"plugins: {name!r} is given twice; expected each method once")
+        if other in info.excludes:
+            raise ContlearnError(f"plugins: strategy {name!r} cannot be joined by {other!r}; expected another method")
     if info.kind == "plug-in":
         own = {key: loop.pop(key) for key in plugin_parameters(name) if key in loop}
         loop["plugins"] = [plugin(name, **own), *joined(others)]

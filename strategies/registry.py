@@ -26,7 +26,7 @@ class StrategyInfo:
         paper: arXiv id or venue.
         implementation: whose code does the method's own work: Avalanche's, or ours and why.
         plugin: import string of the plug-in that does its work; empty for methods that cannot be joined to another.
-        composes_with: plug-ins it can be joined with.
+        excludes: methods that cannot be joined to it.
         exportable: whether its training step can be exported to a device.
         status: ``stable`` once its "must show" figures were seen.
         defaults: method options that differ from the class's own defaults.
@@ -40,11 +40,16 @@ class StrategyInfo:
     paper: str
     implementation: str
     plugin: str = ""
-    composes_with: tuple[str, ...] = ("any plug-in",)
+    excludes: tuple[str, ...] = ()
     exportable: bool = False
     status: str = "stable"
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     source_of_defaults: str = "Avalanche 0.6.0"
+
+    @property
+    def composes_with(self) -> tuple[str, ...]:
+        """Names of the methods that can be joined to it."""
+        return tuple(r.name for r in _RECORDS if r.plugin and r.name != self.name and r.name not in self.excludes)
 
     def load(self) -> type:
         """The strategy's class."""

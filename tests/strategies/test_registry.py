@@ -58,7 +58,7 @@ def test_every_record_is_filled_in(name) -> None:
     record = strategies.describe(name)
     assert record.name == name
     for field in dataclasses.fields(record):
-        assert field.name in ("exportable", "defaults", "plugin") or getattr(record, field.name), field.name
+        assert field.name in ("exportable", "defaults", "plugin", "excludes") or getattr(record, field.name), field.name
     assert len(record.description) < 100 and record.description.endswith(".")
     assert issubclass(record.load(), SupervisedTemplate)
     assert set(record.defaults) <= OWN[name]
