@@ -196,7 +196,8 @@ def _list(arguments: list[str]) -> int:
     for name in rows:
         record = details(name)
         source = str(record.get("paper") or record.get("source") or "")
-        table.add_row(name, *("yes" * bool(record["plugin"]) for _ in joins), str(record.get("description", "")), source)
+        marks = ["yes" * bool(record["plugin"]) for _ in joins]
+        table.add_row(name, *marks, str(record.get("description", "")), source)
     console.print(table)
     return 0
 

@@ -10,8 +10,12 @@ from contlearn.memory.saved import unique_bytes
 from contlearn.memory.units import in_words, parse_bytes
 
 SELECTION_BYTES = 4  # a reservoir keeps one float32 weight per exemplar
-# Copies of the model that a method keeps between experiences beside the model itself; EWC's grow with the stream.
-MODEL_COPIES = {"lwf": 1, "si": 2, "gdumb": 1, "icarl": 1}
+# Copies that a method keeps between experiences beside the model itself: of all weights, of the parameters that train,
+# and of those in front of the head. Methods that distil share one teacher.
+MODEL_COPIES = {"lwf": 1, "gdumb": 1, "icarl": 1}
+TRAINED_COPIES = {"si": 2}
+ENCODER_COPIES = {"l2": 1, "online_ewc": 2}
+SHARED_TEACHER = ("pred_kd", "feat_kd")
 
 
 def apply(strategy: Any, stream: Any, memory_budget: int | str) -> int:
@@ -55,16 +59,43 @@ def apply(strategy: Any, stream: Any, memory_budget: int | str) -> int:
 def fixed_bytes(strategy: Any, stream: Any) -> int:
     """Bytes at the end of the stream of everything but exemplars."""
     model, spec = strategy.model, strategy.spec
-    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     rows = max(0, stream.n_classes - getattr(model.head, "out_features", stream.n_classes))
     head = rows * (model.feature_dim + 1) * 4
     weights = unique_bytes(model_tensors(model)) + head
-    trainable += head
-    copies = MODEL_COPIES.get(spec["name"], 0)
-    if spec["name"] == "ewc":
-        copies = 2 * (len(stream.train_stream) if spec["mode"] == "separate" else 1)
-    moments = 0
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    encoder = unique_bytes(trained) - unique_bytes(p for p in model.head.parameters() if p.requires_grad)
+    trainable = unique_bytes(trained) + head
+    total = weights
+    for method in (spec, *spec["plugins"]):
+        total += _copies(method, len(stream.train_stream), weights=weights, trainable=trainable, encoder=encoder)
+    methods = {name for method in (spec, *spec["plugins"]) for name in _parts(method)}
+    total += weights * bool(methods & set(SHARED_TEACHER))
     if not strategy.reset_optimizer:
         moments = 2 if spec["optimizer"] in ("adam", "adamw") else int(bool(spec["momentum"]))
-    total: int = weights + copies * (trainable if spec["name"] in ("ewc", "si") else weights) + moments * trainable
-    return total
+        total += moments * trainable
+    return int(total)
+
+
+def _copies(method: dict[str, Any], experiences: int, *, weights: int, trainable: int, encoder: int) -> int:
+    """Bytes of what one method keeps of the model."""
+    if method["name"] == "ewc":
+        return 2 * trainable * (experiences if method["mode"] == "separate" else 1)
+    parts = _parts(method)
+    return (
+        weights * sum(MODEL_COPIES.get(name, 0) for name in parts)
+        + trainable * sum(TRAINED_COPIES.get(name, 0) for name in parts)
+        + encoder * sum(ENCODER_COPIES.get(name, 0) for name in parts)
+    )
+
+
+def _parts(method: dict[str, Any]) -> list[str]:
+    """A method's name, or those of the methods it is put together from."""
+    if method["name"] != "rehearsal_free":
+        return [method["name"]]
+    parts = {
+        "l2": method["l2"],
+        "online_ewc": method["ewc"],
+        "feat_kd": method["feat_kd"],
+        "pred_kd": method["pred_kd"] or method["class_loss"] == "ce_kd",
+    }
+    return [name for name, wanted in parts.items() if wanted]
