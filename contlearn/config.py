@@ -134,7 +134,8 @@ def resolve(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     parsed = _parse(parser, given, free, _types(options))
     resolved = {section: {"name": names[section], **(parsed.get(section) or {})} for section in SECTIONS}
     resolved["model"].update(extra)
-    resolved["strategy"]["plugins"] = _resolved_plugins(resolved["strategy"].get("plugins") or [])
+    if "plugins" in resolved["strategy"]:
+        resolved["strategy"]["plugins"] = _resolved_plugins(resolved["strategy"]["plugins"] or [])
     return {**resolved, **{option.name: parsed[option.name] for option in RUN_OPTIONS}}
 
 

@@ -141,8 +141,9 @@ def create(name: str, model: nn.Module, **options: Any) -> SupervisedTemplate:
     strategy.spec = {
         "name": name,
         **{key: _plain(value) for key, value in given.items() if key not in _PYTHON_ONLY and _storable(value)},
-        "plugins": [_plugin_spec(entry) for entry in others if isinstance(entry, str | Mapping)],
     }
+    if "plugins" in known:
+        strategy.spec["plugins"] = [_plugin_spec(entry) for entry in others if isinstance(entry, str | Mapping)]
     return strategy
 
 
