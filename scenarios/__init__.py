@@ -1,7 +1,7 @@
 """Streams of experiences and the data sets behind them.
 
-``class_incremental``, ``task_incremental``, ``domain_incremental``, ``online`` and ``blurry`` each return an Avalanche
-``CLScenario``; ``create(name, ...)`` does the same by name, ``list()`` and ``describe(name)`` tell what there is.
+``class_incremental``, ``domain_incremental``, ``corruptions`` and the others each return an Avalanche ``CLScenario``;
+``create(name, ...)`` does the same by name, ``list()`` and ``describe(name)`` tell what there is.
 Importing this package loads neither PyTorch nor Avalanche: a scenario's module is imported when it is first used.
 """
 
@@ -15,18 +15,23 @@ from contlearn.scenarios.registry import SCENARIOS, ScenarioInfo, describe
 
 if TYPE_CHECKING:
     from contlearn.scenarios.blurry_stream import blurry
+    from contlearn.scenarios.corruptions_stream import corruptions
     from contlearn.scenarios.domains import domain_incremental
     from contlearn.scenarios.incremental import class_incremental, task_incremental
     from contlearn.scenarios.online_stream import online
+    from contlearn.scenarios.plasticity import input_permutation, label_reshuffle
     from contlearn.scenarios.stream import Scenario
 
 __all__ = [
     "ScenarioInfo",
     "blurry",
     "class_incremental",
+    "corruptions",
     "create",
     "describe",
     "domain_incremental",
+    "input_permutation",
+    "label_reshuffle",
     "list",
     "online",
     "task_incremental",

@@ -57,6 +57,24 @@ _RECORDS = (
         "Si-blurry: some classes in one experience only, the others leak everywhere.",
         "arXiv 2308.09303",
     ),
+    ScenarioInfo(
+        "label_reshuffle",
+        "contlearn.scenarios.plasticity:label_reshuffle",
+        "The same images under new labels in every experience: can the network still learn?",
+        "arXiv 2303.01486",
+    ),
+    ScenarioInfo(
+        "input_permutation",
+        "contlearn.scenarios.plasticity:input_permutation",
+        "All classes under a new permutation of the pixels in every experience.",
+        "arXiv 1312.6211",
+    ),
+    ScenarioInfo(
+        "corruptions",
+        "contlearn.scenarios.corruptions_stream:corruptions",
+        "Clean training data, then test data under one corruption after another, in temporal order.",
+        "arXiv 1903.12261, 2203.13591",
+    ),
 )
 SCENARIOS: dict[str, ScenarioInfo] = {record.name: record for record in _RECORDS}
 

@@ -19,13 +19,15 @@ class ERACE(Rehearsal):
 
     Incoming samples compete among the classes of their own batch only, exemplars among all; the two losses are
     averaged. As in Avalanche, the memory takes in an experience before it is trained on, and the two batches pass the
-    network separately.
+    network separately: BatchNorm sees each by itself. In other code bases incoming samples compete with classes not
+    seen yet as well; here only among those present.
 
     Args:
         memory_size: exemplars in memory.
         memory_budget: bytes of the memory (``65536``, ``64KB``), instead of ``memory_size``.
         policy: which exemplars are kept.
         batch_size_memory: exemplars per iteration, fewer while the memory holds fewer.
+        joint_forward: one pass of incoming samples followed by exemplars, which share the statistics of BatchNorm.
         kwargs: options of the training loop.
     """
 
@@ -36,11 +38,13 @@ class ERACE(Rehearsal):
         memory_budget: int | str | None = None,
         policy: Policy = "class_balanced",
         batch_size_memory: int = 10,
+        joint_forward: bool = False,
         **kwargs: Any,
     ) -> None:
         require_positive(batch_size_memory=batch_size_memory)
         super().__init__(memory_budget=memory_budget, **kwargs)
         self.batch_size_memory = batch_size_memory
+        self.joint_forward = joint_forward
         self.storage_policy = storage_policy(policy, memory_size)
         self.memory: CyclingSampler | None = None
         self._exemplars: Batch = []
@@ -74,8 +78,21 @@ class ERACE(Rehearsal):
             self._exemplars = self.memory.next()
         super()._before_forward(**kwargs)
 
+    @property
+    def pass_targets(self) -> Tensor:
+        """Labels ``(rows,)`` of the pass that is about to run: with a joint one, the exemplars' follow."""
+        if self.joint_forward and self.is_training and self.memory is not None:
+            return torch.cat([self.mb_y, self._exemplars[1]])
+        return self.mb_y  # type: ignore[no-any-return]
+
     def forward(self) -> Tensor:
         """Outputs of the current batch; while training, exemplars pass the network too."""
+        if self.joint_forward and self.is_training and self.memory is not None:
+            count = len(self.mb_y)
+            x = torch.cat([self.mb_x, self._exemplars[0]])
+            joint = avalanche_forward(self.model, x, torch.cat([self.mb_task_id, self._exemplars[-1]]))
+            self._exemplar_output = joint[count:]
+            return joint[:count]  # type: ignore[no-any-return]
         output = super().forward()
         if self.is_training and self.memory is not None:
             self._exemplar_output = avalanche_forward(self.model, self._exemplars[0], self._exemplars[-1])

@@ -133,11 +133,46 @@ _RECORDS = (
     ),
     _record(
         "gdumb", "gdumb:GDumb", "Train from scratch on a greedy class-balanced memory.", "ECCV 2020 (Prabhu et al.)",
-        "Avalanche plug-in",
+        "Avalanche plug-in", excludes=("reset",),  # it starts afresh by itself
     ),
     _record(
         "icarl", "icarl:ICaRL", "Herded exemplars, distillation, nearest class mean.", "arXiv 1611.07725",
         "ours (Avalanche's needs the deprecated benchmarks)", source_of_defaults="arXiv 1611.07725",
+    ),
+    _record(
+        "rehearsal_free", "rehearsal_free:RehearsalFree",
+        "Prediction and feature distillation, EWC and L2 without exemplars, in any combination.", "arXiv 2203.17269",
+        "ours", defaults=MappingProxyType({"pred_kd": True, "reset_optimizer": True}),
+        source_of_defaults="the authors' code of August 2022; PredKD is its best from scratch",
+        excludes=("pred_kd", "feat_kd", "l2", "online_ewc"),  # options of its own
+    ),
+    _plugin(
+        "l2", "penalties:L2Plugin", "Pull of the encoder towards its earlier weights.", "arXiv 2203.17269",
+        "the authors' code of August 2022",
+    ),
+    _plugin(
+        "online_ewc", "penalties:OnlineEWCPlugin", "That pull weighted by an accumulated Fisher diagonal.",
+        "arXiv 2203.17269", "the authors' code of August 2022",
+    ),
+    _plugin(
+        "pred_kd", "distillation:PredKDPlugin", "Distillation of the last model's predictions on old classes.",
+        "arXiv 2203.17269", "the authors' code of August 2022",
+    ),
+    _plugin(
+        "feat_kd", "distillation:FeatKDPlugin", "Distillation of the last model's features.", "arXiv 2203.17269",
+        "the authors' code of August 2022",
+    ),
+    _plugin(
+        "adab2n", "adab2n:AdaB2NPlugin", "BatchNorm with statistics balanced between tasks.", "arXiv 2310.08855",
+        "the middle of the authors' grid; what they chose is not published",
+    ),
+    _plugin(
+        "nap", "nap:NaPPlugin", "Normalisation before every non-linearity, weights projected to their first norms.",
+        "arXiv 2407.01800", "arXiv 2407.01800; decay of offsets ours",
+    ),
+    _plugin(
+        "reset", "reset:ResetPlugin", "The network starts afresh at every experience: a control for plasticity.",
+        "-", "ours",
     ),
 )  # fmt: skip
 STRATEGIES: dict[str, StrategyInfo] = {record.name: record for record in _RECORDS}

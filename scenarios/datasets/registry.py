@@ -172,6 +172,32 @@ _RECORDS = (
         ),
         downloader=f"{_HERE}.download:fetch_cub200",
     ),
+    # Test images only; the scenario ``corruptions`` reads them, a domain at a time. A layout names what is always
+    # needed; the files of the corruptions asked for are checked there.
+    DatasetInfo(
+        name="cifar10_c",
+        description="CIFAR-10's test images under 15 corruptions at 5 severities; for the scenario corruptions",
+        url="https://zenodo.org/records/2535967",
+        licence="CC BY 4.0",
+        loader=f"{_HERE}.corrupted:load_corrupted",
+        layouts=(("CIFAR-10-C/labels.npy",),),
+    ),
+    DatasetInfo(
+        name="cifar100_c",
+        description="CIFAR-100's test images under 15 corruptions at 5 severities; for the scenario corruptions",
+        url="https://zenodo.org/records/3555552",
+        licence="CC BY 4.0",
+        loader=f"{_HERE}.corrupted:load_corrupted",
+        layouts=(("CIFAR-100-C/labels.npy",),),
+    ),
+    DatasetInfo(
+        name="imagenet_c",
+        description="ImageNet's validation images under 15 corruptions at 5 severities; for the scenario corruptions",
+        url="https://zenodo.org/records/2235448",
+        licence="CC BY 4.0; the images keep ImageNet's terms",
+        loader=f"{_HERE}.corrupted:load_corrupted",
+        layouts=(("ImageNet-C",),),
+    ),
 )
 
 DATASETS: dict[str, DatasetInfo] = {record.name: record for record in _RECORDS}

@@ -32,6 +32,7 @@ def data(**changes: object) -> ImageData:
 
 def test_the_required_data_sets_are_listed_and_described() -> None:
     expected = "digits mnist5k folder:PATH cifar10 cifar100 tiny_imagenet mini_imagenet imagenet_r core50 cub200"
+    expected += " cifar10_c cifar100_c imagenet_c"
     assert list_datasets() == tuple(expected.split())
     for name in list_datasets():
         info = describe(name)

@@ -168,6 +168,9 @@ OPTIONS = {
     "domain_incremental": {"domains": "permutation", "n_experiences": 2, "seed": 1},
     "online": {"experience_size": 200, "n_experiences": 2, "access_task_boundaries": True},
     "blurry": {"disjoint_ratio": 0.3, "blurry_ratio": 0.2, "stochastic": False, "seed": 2},
+    "label_reshuffle": {"n_experiences": 3, "samples": 40, "labels": "permuted", "seed": 2},
+    "input_permutation": {"n_experiences": 2, "samples": 40, "seed": 1},
+    "corruptions": {"dataset": "digits", "corruptions": ("fog", "snow"), "order": "dirichlet", "samples": 50, "seed": 4},
 }
 
 

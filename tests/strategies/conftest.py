@@ -14,6 +14,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
 
 from contlearn import models, scenarios
+from contlearn.models import Classifier, GrowingHead
 from contlearn.scenarios.datasets import ImageData
 from contlearn.scenarios.stream import Scenario
 
@@ -65,6 +66,25 @@ def small() -> Callable[..., nn.Module]:
 
     def make(stream: Scenario, *, hidden: int = 8, dropout: float = 0.0, **options: Any) -> nn.Module:
         return models.create("mlp", stream, **{"seed": 0, "hidden": hidden, "dropout": dropout, **options})
+
+    return make
+
+
+@pytest.fixture
+def normed() -> Callable[..., nn.Module]:
+    """``normed(stream)``: a network of two hidden layers with BatchNorm in front of the ReLUs."""
+
+    def make(stream: Scenario) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            backbone = nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(),
+                nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(),
+            )  # fmt: skip
+            model = Classifier(backbone, GrowingHead(8), feature_dim=8)
+        model.input_shape = stream.input_shape
+        return model
 
     return make
 

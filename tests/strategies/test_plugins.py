@@ -12,7 +12,6 @@ from torch import nn
 
 from contlearn import run, scenarios, strategies
 from contlearn.errors import ContlearnError
-from contlearn.models import Classifier, GrowingHead
 from contlearn.strategies.naive import Naive
 
 # What makes a method's effect show on so small a stream.
@@ -29,25 +28,6 @@ PAIRS = [
     for joined in strategies.list(joinable=True)
     if joined in strategies.describe(host).composes_with
 ]
-
-
-@pytest.fixture
-def normed() -> Callable[[Any], nn.Module]:
-    """``normed(stream)``: a network of two hidden layers with BatchNorm in front of the ReLUs."""
-
-    def make(stream: Any) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            backbone = nn.Sequential(
-                nn.Flatten(),
-                nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(),
-                nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(),
-            )  # fmt: skip
-            model = Classifier(backbone, GrowingHead(8), feature_dim=8)
-        model.input_shape = stream.input_shape
-        return model
-
-    return make
 
 
 def train(stream: Any, model: nn.Module, host: str, *joined: str) -> tuple[Any, dict[str, torch.Tensor]]:

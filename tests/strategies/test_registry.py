@@ -27,27 +27,47 @@ OWN = {
     "joint": set(),
     "cumulative": set(),
     "replay": {"memory_size", "memory_budget", "policy", "batch_size_memory"},
-    "er_ace": {"memory_size", "memory_budget", "policy", "batch_size_memory"},
-    "der": {"memory_size", "memory_budget", "alpha", "beta", "batch_size_memory"},
-    "derpp": {"memory_size", "memory_budget", "alpha", "beta", "batch_size_memory"},
+    "er_ace": {"memory_size", "memory_budget", "policy", "batch_size_memory", "joint_forward"},
+    "der": {"memory_size", "memory_budget", "alpha", "beta", "batch_size_memory", "joint_forward", "second_batch"},
+    "derpp": {"memory_size", "memory_budget", "alpha", "beta", "batch_size_memory", "joint_forward", "second_batch"},
     "lwf": {"alpha", "temperature", "teacher_in_train_mode"},
     "ewc": {"ewc_lambda", "mode", "decay_factor"},
     "si": {"si_lambda", "damping", "max_importance"},
     "agem": {"patterns_per_experience", "memory_budget", "sample_size", "partial_batches"},
     "gdumb": {"memory_size", "memory_budget"},
     "icarl": {"memory_size", "memory_budget", "classifier", "mirror"},
-}
+    "rehearsal_free": {
+        "class_loss", "loss_scale", "pred_kd", "feat_kd", "l2", "ewc", "fisher", "temperature", "update_mode",
+    },
+    "l2": {"coefficient", "anchor", "parameters"},
+    "online_ewc": {"coefficient", "fisher", "half", "parameters"},
+    "pred_kd": {"scale", "kind", "temperature"},
+    "feat_kd": {"mu"},
+    "adab2n": {"kappa", "lam", "start_task", "renormalise", "fused"},
+    "nap": {
+        "every", "norm", "affine", "affine_decay", "rate", "total_steps", "final_factor", "reference",
+        "reference_scale", "reference_power", "record", "log_size", "input_shape",
+    },
+    "reset": {"to", "head", "moments"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def network(small, normed):
+    """``network(name, stream)``: the small network, with BatchNorm for a method that replaces it."""
+    return lambda name, stream: normed(stream) if name == "adab2n" else small(stream)
 
 
 @pytest.mark.parametrize("name", strategies.list())
-def test_every_strategy_is_made_trained_and_evaluated(stream, small, watch, name) -> None:
+def test_every_strategy_is_made_trained_and_evaluated(stream, network, watch, name) -> None:
     answers: list[torch.Tensor] = []
     plugin = watch(after_eval_iteration=lambda s: answers.append(s.mb_output))
-    strategy = strategies.create(name, small(stream), epochs=1, batch_size=8, plugins=[plugin])
-    before = {key: value.clone() for key, value in strategy.model.state_dict().items()}
+    strategy = strategies.create(name, network(name, stream), epochs=1, batch_size=8, plugins=[plugin])
+    before = {key: value.detach().clone() for key, value in strategy.model.backbone.named_parameters()}
     strategy.train(stream.train_stream if name == "joint" else stream.train_stream[0], eval_streams=[])
     assert strategy.model.head.out_features == (6 if name == "joint" else 2)
-    assert any(not torch.equal(before["backbone.layers.0.0.weight"], p) for p in strategy.model.backbone.parameters())
+    now = dict(strategy.model.backbone.named_parameters())
+    assert any(not torch.equal(before[key], now[key]) for key in before)
     assert all(parameter.isfinite().all() for parameter in strategy.model.parameters())
     strategy.eval(stream.test_stream)
     assert [len(output) for output in answers] == [6, 6, 6] and all(output.isfinite().all() for output in answers)
@@ -61,7 +81,7 @@ def test_every_record_is_filled_in(name) -> None:
         assert field.name in ("exportable", "defaults", "plugin", "excludes") or getattr(record, field.name), field.name
     assert len(record.description) < 100 and record.description.endswith(".")
     assert issubclass(record.load(), SupervisedTemplate)
-    assert set(record.defaults) <= OWN[name]
+    assert set(record.defaults) <= OWN[name] | LOOP
 
 
 @pytest.mark.parametrize("name", strategies.list())
@@ -69,6 +89,7 @@ def test_parameters_are_the_methods_own_and_the_training_loops(name) -> None:
     parameters = strategies.parameters(name)
     assert set(parameters) == LOOP | OWN[name]
     assert set(list(parameters)[: len(OWN[name])]) == OWN[name]
+    assert not OWN[name] & LOOP
     assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters.values())
 
 
@@ -81,20 +102,26 @@ def changed(name: str) -> dict[str, object]:
         "alpha": 0.25, "beta": 0.75, "temperature": 3.0, "teacher_in_train_mode": True, "ewc_lambda": 0.4,
         "mode": "online", "decay_factor": 0.9, "si_lambda": 0.2, "damping": 0.1, "max_importance": 0.5,
         "patterns_per_experience": 5, "sample_size": 9, "partial_batches": True, "classifier": "head", "mirror": True,
-        "optimizer": "sgd", "amp": "none", "memory_budget": "64KB",
+        "optimizer": "sgd", "amp": "none", "memory_budget": "64KB", "joint_forward": name == "er_ace",
+        "second_batch": True, "kappa": 0.7, "lam": 0.5, "start_task": 1, "renormalise": True, "fused": False,
+        "class_loss": "ce_kd", "loss_scale": 2.0, "pred_kd": True, "feat_kd": 1.5, "l2": 0.01, "ewc": 3.0,
+        "fisher": "sample", "update_mode": "train", "coefficient": 0.25, "anchor": "initial", "half": False,
+        "parameters": ["backbone.layers.0.0.*"], "scale": 2.0, "kind": "softmax", "mu": 0.5, "every": 3, "norm": "rms",
+        "affine": "fixed", "affine_decay": 0.1, "rate": "linear", "total_steps": 30, "final_factor": 0.1,
+        "reference_scale": "layer", "reference_power": 2, "log_size": 16, "to": "fresh", "head": True, "moments": False,
     }  # fmt: skip
     return {key: value for key, value in others.items() if key in strategies.parameters(name)}
 
 
 @pytest.mark.parametrize("name", strategies.list())
-def test_the_spec_is_plain_data_that_a_configuration_takes_and_makes_the_strategy_again(stream, small, name) -> None:
+def test_the_spec_is_plain_data_that_a_configuration_takes_and_makes_the_strategy_again(stream, network, name) -> None:
     for options in ({}, changed(name)):
-        strategy = strategies.create(name, small(stream), **options)
+        strategy = strategies.create(name, network(name, stream), **options)
         spec = json.loads(json.dumps(strategy.spec))
         assert spec["name"] == name and set(spec) == {"name"} | OWN[name] | LOOP - {"criterion", "evaluator"}
         assert {key: spec[key] for key in options} == options
         assert config.resolve({"strategy": spec})["strategy"] == spec
-        again = strategies.create(model=small(stream), **spec)
+        again = strategies.create(model=network(name, stream), **spec)
         assert type(again) is type(strategy) and again.spec == strategy.spec
         assert plain_state(again) == plain_state(strategy)
 
@@ -103,7 +130,12 @@ def plain_state(strategy) -> dict[str, object]:
     """Every number, text and flag the strategy and its own plug-ins hold, and the optimizer's settings."""
 
     def plain(owner: object) -> dict[str, object]:
-        return {k: v for k, v in vars(owner).items() if v is None or isinstance(v, bool | int | float | str | list)}
+        def is_plain(value: object) -> bool:
+            if isinstance(value, list):
+                return all(map(is_plain, value))
+            return value is None or isinstance(value, bool | int | float | str)
+
+        return {key: value for key, value in vars(owner).items() if is_plain(value)}
 
     settings = {key: value for key, value in strategy.optimizer.param_groups[0].items() if key != "params"}
     held = {key: value for key, value in plain(strategy).items() if key not in ("plugins", "dataloader")}
@@ -170,7 +202,10 @@ def test_an_unknown_strategy_gets_the_nearest(stream, small) -> None:
 def test_the_list_can_be_narrowed() -> None:
     assert strategies.list() == list(OWN) == list(STRATEGIES)
     assert strategies.list("der*") == ["der", "derpp"]
-    assert strategies.list(kind="class-incremental") == list(OWN) and strategies.list(kind="test-time") == []
+    plugins = strategies.list(kind="plug-in")
+    assert plugins == ["l2", "online_ewc", "pred_kd", "feat_kd", "adab2n", "nap", "reset"]
+    assert strategies.list(joinable=True) == ["replay", "lwf", "ewc", "si", "agem", *plugins]
+    assert set(strategies.list(joinable=False)) == set(OWN) - set(strategies.list(joinable=True))
 
 
 def test_records_cannot_be_changed() -> None:
