@@ -136,6 +136,10 @@ class AdaB2NPlugin(SupervisedPlugin):
         """Outside of training, every pass in training mode counts."""
         self.batch.counts_steps = False
 
+    def kept_bytes(self, model: nn.Module, *, experiences: int, head_rows: int) -> int:
+        """Bytes the layers gain over a stream at most: one number of ``psi`` per task beyond the first."""
+        return sum(layer.psi.element_size() * (experiences - 1) for layer in self._layers)
+
     def _attach(self, model: nn.Module) -> None:
         self._layers = [module for module in model.modules() if isinstance(module, AdaB2N)]
         for layer in self._layers:

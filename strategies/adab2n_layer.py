@@ -138,12 +138,15 @@ class AdaB2N(_BatchNorm, DynamicModule):
 
     Attributes:
         drop: applied to the output, as ``act`` after it: taken over from timm's BatchNormAct2d, else ``None``.
+        analysed: compute plain BatchNorm: set for as long as the network's graph is analysed, not run. Scaling the
+            input does the same to both.
 
     Raises:
         ContlearnError: kappa outside 0..1.
     """
 
     eta: Tensor
+    analysed = False
 
     def __init__(
         self,
@@ -200,7 +203,7 @@ class AdaB2N(_BatchNorm, DynamicModule):
         Raises:
             ContlearnError: rows of tasks that ``psi`` has no entry for.
         """
-        if not self.training:
+        if self.analysed or not self.training:
             return self._finish(super().forward(input))
         self._check_input_dim(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None

@@ -185,6 +185,11 @@ class NaPPlugin(SupervisedPlugin):
         if self._schedule is not None and self.reference_scale == "layer":
             self._columns = self._schedule.column_of(self.log.names)
 
+    def kept_bytes(self, model: nn.Module, *, experiences: int, head_rows: int) -> int:
+        """Bytes held between experiences beside the model: target norms, anchors and the norm log."""
+        log = (self.log.steps, self.log.rates, self.log.norms)
+        return sum(t.numel() * t.element_size() for t in (self.rho, *self.anchors.values(), *log))
+
     @property
     def projected(self) -> list[str]:
         """Names of the weight matrices that are projected (or would be, with ``every=0``)."""

@@ -65,6 +65,11 @@ class ResetPlugin(SupervisedPlugin):
         if self.moments:
             strategy.optimizer.state.clear()
 
+    def kept_bytes(self, model: nn.Module, *, experiences: int, head_rows: int) -> int:
+        """Bytes held between experiences beside the model: the initial values; ``head_rows`` is what the head gains."""
+        held = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors(model).values())
+        return held + head_rows * self.head
+
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Trainable parameters and buffers that start over."""
         inside = f"{classifier_name(model)}."

@@ -156,9 +156,13 @@ def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[str], 
         return functional_call(wrapper, held, (x,))
 
     modes = {module: module.training for module in model.modules()}
+    # Layers with statistics of their own kind scale as BatchNorm does, and are looked at as such.
+    special = [module for module in model.modules() if getattr(module, "analysed", None) is False]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _, dtype = place_of(model)
     model.train()
+    for module in special:
+        module.analysed = True
     try:
         with torch.no_grad(), fake:
             # On the CPU whatever the model's device: the graph, and with it the result, is then the same everywhere.
@@ -173,4 +177,6 @@ def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[str], 
     finally:
         for module, training in modes.items():
             module.training = training
+        for module in special:
+            module.analysed = False
     return names, traced

@@ -11,7 +11,8 @@ from contlearn.memory.units import in_words, parse_bytes
 
 SELECTION_BYTES = 4  # a reservoir keeps one float32 weight per exemplar
 # Copies that a method keeps between experiences beside the model itself: of all weights, of the parameters that train,
-# and of those in front of the head. Methods that distil share one teacher.
+# and of those in front of the head. Methods that distil share one teacher. What is no copy, a plug-in says itself
+# (``kept_bytes``).
 MODEL_COPIES = {"lwf": 1, "gdumb": 1, "icarl": 1}
 TRAINED_COPIES = {"si": 2}
 ENCODER_COPIES = {"l2": 1, "online_ewc": 2}
@@ -70,6 +71,9 @@ def fixed_bytes(strategy: Any, stream: Any) -> int:
         total += _copies(method, len(stream.train_stream), weights=weights, trainable=trainable, encoder=encoder)
     methods = {name for method in (spec, *spec["plugins"]) for name in _parts(method)}
     total += weights * bool(methods & set(SHARED_TEACHER))
+    for plugin in strategy.plugins:
+        if hasattr(plugin, "kept_bytes"):
+            total += plugin.kept_bytes(model, experiences=len(stream.train_stream), head_rows=head)
     if not strategy.reset_optimizer:
         moments = 2 if spec["optimizer"] in ("adam", "adamw") else int(bool(spec["momentum"]))
         total += moments * trainable

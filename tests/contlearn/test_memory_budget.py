@@ -14,7 +14,7 @@ def resolved(name: str, budget: int | str, **strategy: object) -> dict[str, obje
     return config.resolve(
         {
             "scenario": {"name": "class_incremental", "dataset": "digits", "n_experiences": 2},
-            "model": {"name": "mlp", "hidden": 20},
+            "model": {"name": "resnet14"} if name == "adab2n" else {"name": "mlp", "hidden": 20},
             "strategy": {"name": name, "epochs": 1, **strategy},
             "memory_budget": budget,
         }

@@ -64,7 +64,10 @@ def network(stream: Any, head: str = "growing") -> nn.Module:
 
 
 def ours(name: str, stream: Any, *, head: str = "growing", **options: Any) -> Any:
-    return strategies.create(name, network(stream, head), **{"lr": 0.05, "momentum": 0.9, "batch_size": 6, **options})
+    model = network(stream, head)
+    if name == "adab2n":  # which replaces BatchNorm
+        model.backbone = nn.Sequential(model.backbone, nn.BatchNorm1d(HIDDEN))
+    return strategies.create(name, model, **{"lr": 0.05, "momentum": 0.9, "batch_size": 6, **options})
 
 
 def avalanches(cls: type, stream: Any, *, head: str = "growing", **options: Any) -> Any:

@@ -135,6 +135,27 @@ def test_pairs_that_exclude_each_other_are_named(stream, small) -> None:
                 strategies.create(host, small(stream), plugins=[joined])
 
 
+def test_projection_sees_through_balanced_batchnorm(stream, normed) -> None:
+    plugins = ["adab2n", {"name": "nap", "every": 1}]
+    strategy = strategies.create("naive", normed(stream), epochs=2, batch_size=8, lr=0.2, plugins=plugins)
+    run(strategy, stream, quiet=True)
+    nap = strategy.plugins[1]
+    assert [name for name in nap.projected] == ["backbone.1.weight", "backbone.4.weight"]
+    images = torch.rand(5, 1, 4, 4)
+    strategy.model.eval()
+    before = strategy.model(images)
+    with torch.no_grad():
+        for index in (1, 4):
+            strategy.model.backbone[index].weight.mul_(3.0)
+    assert not torch.allclose(strategy.model(images), before, atol=1e-2)
+    with torch.no_grad():  # the statistics that training with such weights would have left
+        for index in (2, 5):
+            strategy.model.backbone[index].running_mean.mul_(3.0)
+            strategy.model.backbone[index].running_var.mul_(9.0)
+    nap.project(strategy.model)
+    assert torch.allclose(strategy.model(images), before, atol=1e-3)
+
+
 def test_task_ids_reach_the_methods(made_up, small) -> None:
     stream = scenarios.task_incremental(made_up(), n_experiences=3)
     for name in strategies.list(joinable=True):
