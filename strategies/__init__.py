@@ -29,20 +29,21 @@ __all__ = ["StrategyInfo", "create", "describe", "joined", "list", "parameters",
 
 
 def list(
-    pattern: str = "*", *, kind: str | None = None, joinable: bool | None = None
+    pattern: str = "*", *, kind: str | tuple[str, ...] | None = None, joinable: bool | None = None
 ) -> builtins.list[str]:
     """Names of the strategies that match a shell-style pattern.
 
     Args:
         pattern: as in ``der*``.
-        kind: only those of one kind.
+        kind: only those of one kind, or of several.
         joinable: only those that can (or cannot) be joined to another as a plug-in.
     """
+    kinds = (kind,) if isinstance(kind, str) else kind
     records = [STRATEGIES[name] for name in fnmatch.filter(STRATEGIES, pattern)]
     return [
         record.name
         for record in records
-        if (kind is None or record.kind == kind) and (joinable is None or bool(record.plugin) == joinable)
+        if (kinds is None or record.kind in kinds) and (joinable is None or bool(record.plugin) == joinable)
     ]
 
 

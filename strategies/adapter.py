@@ -1,26 +1,33 @@
 """The base of test-time adaptation: ``adapter(x) -> logits`` adapts to a batch without labels and predicts it.
 
-The calling convention is that of TENT (arXiv 2006.10726) and its successors; streams, memory account and checkpoints are
-those of every other strategy.
+The calling convention is that of TENT (arXiv 2006.10726) and its successors; streams, memory account and checkpoints
+are those of every other strategy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from contlearn.errors import ContlearnError
+from contlearn.strategies.guards import Guard
 from contlearn.strategies.template import make_optimizer, resolve_device
+
+Batches = Iterable[tuple[Tensor, Tensor]] | Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Adapter:
     """Base of every test-time adapter.
 
-    A subclass says what of the model adapts (:meth:`configure`) and how one batch is used (:meth:`adapt`).
+    A subclass says what of the model adapts (:meth:`configure`) and how one batch is used (:meth:`adapt`). One that
+    keeps more between batches than weights and optimizer state gives it in :meth:`method_state` and takes it back in
+    :meth:`load_method_state`.
 
     Args:
         model: network trained on source data; changed in place.
@@ -36,13 +43,25 @@ class Adapter:
         source_epochs: epochs of that training.
         source_lr: its learning rate (SGD, momentum 0.9, cosine to 0).
         source_batch_size: its batch size.
+        guard: what happens when adaptation breaks the model (non-finite weights, logits or loss; drift; collapse):
+            ``restore`` goes back to the last good state and predicts the batch with it, ``report`` only notes it in
+            ``trips``, ``off`` does not look.
+        guard_every: batches between two copies of a good state.
+        guard_window: latest predictions that are looked at for collapse, in samples.
+        collapse_share: share of one class among them from which collapse is suspected; it counts as collapse when the
+            model as it was at the start gives that class to less than half as many of another window of samples.
+        max_drift: largest L2 distance of the adapted parameters from their start, relative to the start's L2 norm;
+            0 for none.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``.
 
     Attributes:
         model: the network.
         optimizer: ``None`` for an adapter that trains nothing.
         batches: batches seen since the last reset.
-        last_loss: loss of the last step, ``nan`` where none was taken.
+        last_loss: loss of the last step of the latest batch, ``nan`` where none was taken.
+        stepped: optimizer steps taken for the latest batch.
+        trips: what the guard found: ``batch`` (counted from the last reset), ``reason``, ``figure``, and with
+            ``restore`` what was put back (``restored``: ``snapshot`` or ``start``).
 
     Raises:
         ContlearnError: a value out of range, or an unknown optimizer or device.
@@ -51,7 +70,7 @@ class Adapter:
     adapts = True
     """Marks an adapter for the run."""
     needs_source_data = False
-    """Whether :meth:`prepare` looks at source data."""
+    """Whether :meth:`prepare_with` has to see source data before :meth:`start`."""
     checkpoint_exclude: tuple[str, ...] = ()
 
     def __init__(
@@ -68,6 +87,11 @@ class Adapter:
         source_epochs: int = 5,
         source_lr: float = 0.1,
         source_batch_size: int = 64,
+        guard: Literal["off", "report", "restore"] = "restore",
+        guard_every: int = 10,
+        guard_window: int = 512,
+        collapse_share: float = 0.9,
+        max_drift: float = 1.0,
         device: str = "auto",
     ) -> None:
         for name, value, least in (
@@ -91,12 +115,18 @@ class Adapter:
         self.evaluator = None
         self.reset_optimizer = False
         self.generator = torch.Generator()
+        self.guard = Guard(
+            guard, every=guard_every, window=guard_window, collapse_share=collapse_share, max_drift=max_drift
+        )
+        self.trips: list[dict[str, Any]] = []
         self.started = False
         self.batches = 0
         self.last_loss = float("nan")
+        self.stepped = 0
         self._initial: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
 
-    memory_names = {"_initial": "initial_state"}
+    memory_names = {"_initial": "initial_state", "guard": "guard_state"}
 
     # ------------------------------------------------------------------ what a subclass gives
 
@@ -108,16 +138,33 @@ class Adapter:
         """Use one batch ``(batch, channels, height, width)`` and return its logits ``(batch, classes)``."""
         raise NotImplementedError
 
-    def prepare_with(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """Look at batches of clean, labelled source data (images, labels) before deployment; most adapters do not."""
+    def prepare_with(self, batches: Batches) -> None:
+        """Look at clean, labelled source data before deployment and before :meth:`start`; most adapters do not.
+
+        Args:
+            batches: batches (images, labels), or a function that starts a pass over them.
+        """
+
+    def method_state(self) -> dict[str, Tensor]:
+        """What the method keeps between batches beside weights and optimizer state, by name."""
+        return {}
+
+    def load_method_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy back what :meth:`method_state` gave; an empty ``state`` is that of the start."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of the model as it is now; nothing changes."""
+        # Layers that write their statistics during a forward pass write into copies.
+        written = {name: held.clone() for name, held in self.adapted() if not isinstance(held, nn.Parameter)}
+        with torch.no_grad():
+            logits: Tensor = functional_call(self.model, written, (x,)) if written else self.model(x)
+        return logits
 
     # ------------------------------------------------------------------ life
 
     def start(self) -> Adapter:
         """Make the source model ready to adapt: called once its weights are final, before the first batch."""
-        self.model.eval()
-        self.model.requires_grad_(False)
-        self.configure()
+        self._make_ready()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = (
             make_optimizer(
@@ -131,18 +178,33 @@ class Adapter:
             else None
         )
         self._initial = {name: tensor.detach().clone() for name, tensor in self.adapted()}
-        self.batches = 0
+        self.load_method_state({})
+        self.guard.begin()
+        self.trips = []
+        self.batches = self.stepped = 0
+        self.last_loss = float("nan")
         self.started = True
         return self
 
+    def _make_ready(self) -> None:
+        """Modes, trainable parameters and hooks; a second call does not hook anything twice."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        self.model.eval()
+        self.model.requires_grad_(False)
+        self.configure()
+
     def adapted(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that adaptation changes, by name: trainable parameters and the buffers of layers in training mode."""
+        """Tensors of the model that adaptation changes, by name.
+
+        Trainable parameters, and the buffers of layers in training mode unless they are told not to track statistics.
+        """
         for path, module in self.model.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     yield prefix + name, parameter
-            if module.training:
+            if module.training and getattr(module, "track_running_stats", True):
                 for name, buffer in module.named_buffers(recurse=False):
                     yield prefix + name, buffer
 
@@ -158,56 +220,99 @@ class Adapter:
         if not bool(torch.isfinite(x).all()):
             raise ContlearnError("adapter: expected finite inputs, got NaN or infinity")
         self.batches += 1
-        logits = self.adapt(x)
-        return logits.detach()
+        self.stepped, self.last_loss = 0, float("nan")
+        with torch.enable_grad():
+            logits = self.adapt(x).detach()
+        return self.guard.look(self, x, logits)
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the state of :meth:`start`: weights, statistics and optimizer."""
-        self.restore(self._initial)
+    def back_to_start(self) -> None:
+        """Weights, statistics, optimizer and method state as :meth:`start` left them."""
+        for name, tensor in self.adapted():
+            tensor.copy_(self._initial[name])
         if self.optimizer is not None:
             self.optimizer.state.clear()
-        self.batches = 0
+        self.load_method_state({})
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """Copies of all that adaptation changes in the model."""
-        return {name: tensor.detach().clone() for name, tensor in self.adapted()}
+    def reset(self) -> None:
+        """Everything as :meth:`start` left it, the guard's memory and the count of batches included; trips stay."""
+        self.back_to_start()
+        self.guard.begin()
+        self.batches = self.stepped = 0
+        self.last_loss = float("nan")
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Put a :meth:`snapshot` back."""
-        for name, tensor in self.adapted():
-            tensor.copy_(state[name])
+    def start_logits(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of the model with the weights of :meth:`start`, in its present modes."""
+        # Of the initial tensors only buffers could be written by a forward pass; they are small.
+        parameters = {name for name, _ in self.model.named_parameters()}
+        weights = {name: held if name in parameters else held.clone() for name, held in self._initial.items()}
+        logits: Tensor = functional_call(self.model, weights, (x,))
+        return logits
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All tensors of the model, and the optimizer's by parameter: what a device keeps."""
-        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+    def moving(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that changes from batch to batch: of the model, the optimizer and the method, by name."""
+        yield from ((f"model.{name}", tensor) for name, tensor in self.adapted())
+        yield from self._beside_weights()
+
+    def _beside_weights(self) -> Iterator[tuple[str, Tensor]]:
         if self.optimizer is not None:
             names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             for parameter, held in self.optimizer.state.items():
-                for key, value in held.items():
+                for slot, value in held.items():
                     if isinstance(value, Tensor):
-                        state[f"optimizer.{names[id(parameter)]}.{key}"] = value
+                        yield f"optimizer.{names[id(parameter)]}.{slot}", value
+        yield from ((f"method.{name}", tensor) for name, tensor in self.method_state().items())
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of every tensor that changes from batch to batch."""
+        return {name: tensor.detach().clone() for name, tensor in self.moving()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put a :meth:`snapshot` back, by copying."""
+        for name, tensor in self.adapted():
+            tensor.copy_(state[f"model.{name}"])
+        self._load_beside_weights(state)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors of the model, and those of optimizer and method: what a device keeps."""
+        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        state.update(self._beside_weights())
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what :meth:`state_dict` gave.
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state_dict` gave; the start that :meth:`reset` goes back to stays this adapter's own.
 
         Raises:
-            ContlearnError: tensors missing or of another shape.
+            ContlearnError: the adapter was not started; tensors missing, unknown or of another shape.
         """
+        if not self.started:
+            raise ContlearnError(f"adapter {self.spec['name']!r}: expected start() before its state is loaded")
         weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
             raise ContlearnError(f"adapter state: {' '.join(str(error).split())}") from None
+        self._load_beside_weights(state)
+        self.guard.begin()
+
+    def _load_beside_weights(self, state: Mapping[str, Tensor]) -> None:
         if self.optimizer is not None:
             self.optimizer.state.clear()
             parameters = dict(self.model.named_parameters())
             for key, value in state.items():
-                if key.startswith("optimizer."):
-                    name, _, slot = key.removeprefix("optimizer.").rpartition(".")
-                    self.optimizer.state[parameters[name]][slot] = value.clone()
+                if not key.startswith("optimizer."):
+                    continue
+                name, _, slot = key.removeprefix("optimizer.").rpartition(".")
+                if name not in parameters:
+                    raise ContlearnError(f"adapter state: {key!r} belongs to no parameter of this model")
+                # A step counter stays on the CPU, moments go with their weight.
+                place = parameters[name].device if value.dim() else value.device
+                self.optimizer.state[parameters[name]][slot] = value.detach().to(place, copy=True)
+        self.load_method_state(
+            {key.removeprefix("method."): value for key, value in state.items() if key.startswith("method.")}
+        )
 
     def descend(self, loss: Tensor) -> None:
         """One step of the optimizer on ``loss``."""
@@ -218,6 +323,7 @@ class Adapter:
         # Gradients live in a step only.
         self.optimizer.zero_grad()
         self.last_loss = float(loss.detach())
+        self.stepped += 1
 
 
 def entropy(logits: Tensor) -> Tensor:

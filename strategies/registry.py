@@ -49,6 +49,8 @@ class StrategyInfo:
     @property
     def composes_with(self) -> tuple[str, ...]:
         """Names of the methods that can be joined to it."""
+        if self.kind == "test-time":
+            return ()
         return tuple(r.name for r in _RECORDS if r.plugin and r.name != self.name and r.name not in self.excludes)
 
     def load(self) -> type:
@@ -91,6 +93,13 @@ def _plugin(name: str, where: str, description: str, paper: str, source: str, **
         plugin=f"contlearn.strategies.{where}",
         source_of_defaults=source,
         **more,
+    )
+
+
+def _adapter(name: str, where: str, description: str, paper: str, **more: Any) -> StrategyInfo:
+    source = "ours" if paper == "-" else paper
+    return StrategyInfo(
+        name, f"contlearn.strategies.{where}", "test-time", description, paper, "ours", source_of_defaults=source, **more
     )
 
 
@@ -173,6 +182,24 @@ _RECORDS = (
     _plugin(
         "reset", "reset:ResetPlugin", "The network starts afresh at every experience: a control for plasticity.",
         "-", "ours",
+    ),
+    _adapter(
+        "source", "source:Source", "No adaptation: the source model as it is.", "-",
+    ),
+    _adapter(
+        "bn_stats", "bn_stats:BNStats", "BatchNorm statistics of the test batch, mixed with the source's.",
+        "arXiv 2006.16971",
+    ),
+    _adapter("tent", "tent:Tent", "Entropy minimisation on scale and offset of the norms.", "arXiv 2006.10726"),
+    _adapter("eata", "eata:EATA", "TENT on samples that are certain and not redundant.", "arXiv 2204.02610"),
+    _adapter(
+        "cotta", "cotta:CoTTA", "Averaged teacher, averaged augmentations, stochastic restoration.",
+        "arXiv 2203.13591",
+    ),
+    _adapter("sar", "sar:SAR", "Sharpness-aware TENT on certain samples, with recovery.", "arXiv 2302.12400"),
+    _adapter(
+        "ecotta", "ecotta:EcoTTA", "Small meta parts adapt a frozen network, partition by partition (patented).",
+        "arXiv 2303.01904",
     ),
 )  # fmt: skip
 STRATEGIES: dict[str, StrategyInfo] = {record.name: record for record in _RECORDS}

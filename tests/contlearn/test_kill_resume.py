@@ -54,7 +54,7 @@ def stop_and_resume(train: Train, events: Events, folder: Path, fractions: tuple
         assert events(pieces, "resume") == [{"event": "resume", "experience": stages.index("interrupted")}]
 
 
-@pytest.mark.parametrize("name", strategies.list())
+@pytest.mark.parametrize("name", strategies.list(kind=("class-incremental", "plug-in")))
 def test_every_strategy_resumes_inside_an_experience_bit_for_bit(
     name: str, train: Train, events: Events, tmp_path: Path
 ) -> None:

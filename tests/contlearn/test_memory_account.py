@@ -363,7 +363,7 @@ def test_an_experience_of_one_step_is_measured(stream: Any) -> None:
     assert all(report.gradients == MODEL for report in reports)
 
 
-@pytest.mark.parametrize("name", strategies.list())
+@pytest.mark.parametrize("name", strategies.list(kind=("class-incremental", "plug-in")))
 def test_the_peak_has_room_for_all_that_is_there_at_once(stream: Any, name: str) -> None:
     options = {"memory_size": 12} if "memory_size" in strategies.parameters(name) else {}
     model = models.create("mlp", stream, seed=0, hidden=HIDDEN)

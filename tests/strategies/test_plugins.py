@@ -24,7 +24,7 @@ STRONG: dict[str, dict[str, Any]] = {
 MEMORIES = {"memory_size": 8, "patterns_per_experience": 4}
 PAIRS = [
     (host, joined)
-    for host in strategies.list()
+    for host in strategies.list(kind=("class-incremental", "plug-in"))
     for joined in strategies.list(joinable=True)
     if joined in strategies.describe(host).composes_with
 ]
@@ -129,7 +129,7 @@ def test_a_plugin_does_not_join_itself(stream, small) -> None:
 
 
 def test_pairs_that_exclude_each_other_are_named(stream, small) -> None:
-    for host in strategies.list():
+    for host in strategies.list(kind=("class-incremental", "plug-in")):
         for joined in strategies.describe(host).excludes:
             with pytest.raises(ContlearnError, match=f"strategy '{host}' cannot be joined by '{joined}'"):
                 strategies.create(host, small(stream), plugins=[joined])

@@ -15,6 +15,7 @@ from torch import nn
 from contlearn import config, strategies
 from contlearn.errors import ContlearnError
 from contlearn.strategies.registry import STRATEGIES, StrategyInfo
+from contlearn.strategies.adapter import Adapter
 from contlearn.strategies.template import SupervisedTemplate
 
 LOOP = {
@@ -51,6 +52,9 @@ OWN = {
     "reset": {"to", "head", "moments"},
 }  # fmt: skip
 
+ADAPTERS = ("source", "bn_stats", "tent", "eata", "cotta", "sar", "ecotta")
+SUPERVISED = strategies.list(kind=("class-incremental", "plug-in"))
+
 
 @pytest.fixture
 def network(small, normed):
@@ -58,7 +62,7 @@ def network(small, normed):
     return lambda name, stream: normed(stream) if name == "adab2n" else small(stream)
 
 
-@pytest.mark.parametrize("name", strategies.list())
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_every_strategy_is_made_trained_and_evaluated(stream, network, watch, name) -> None:
     answers: list[torch.Tensor] = []
     plugin = watch(after_eval_iteration=lambda s: answers.append(s.mb_output))
@@ -80,11 +84,12 @@ def test_every_record_is_filled_in(name) -> None:
     for field in dataclasses.fields(record):
         assert field.name in ("exportable", "defaults", "plugin", "excludes") or getattr(record, field.name), field.name
     assert len(record.description) < 100 and record.description.endswith(".")
-    assert issubclass(record.load(), SupervisedTemplate)
-    assert set(record.defaults) <= OWN[name] | LOOP
+    adapts = record.kind == "test-time"
+    assert issubclass(record.load(), Adapter if adapts else SupervisedTemplate)
+    assert set(record.defaults) <= (set() if adapts else OWN[name] | LOOP)
 
 
-@pytest.mark.parametrize("name", strategies.list())
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_parameters_are_the_methods_own_and_the_training_loops(name) -> None:
     parameters = strategies.parameters(name)
     assert set(parameters) == LOOP | OWN[name]
@@ -113,7 +118,7 @@ def changed(name: str) -> dict[str, object]:
     return {key: value for key, value in others.items() if key in strategies.parameters(name)}
 
 
-@pytest.mark.parametrize("name", strategies.list())
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_the_spec_is_plain_data_that_a_configuration_takes_and_makes_the_strategy_again(stream, network, name) -> None:
     for options in ({}, changed(name)):
         strategy = strategies.create(name, network(name, stream), **options)
@@ -200,12 +205,13 @@ def test_an_unknown_strategy_gets_the_nearest(stream, small) -> None:
 
 
 def test_the_list_can_be_narrowed() -> None:
-    assert strategies.list() == list(OWN) == list(STRATEGIES)
+    assert SUPERVISED == list(OWN) and strategies.list() == [*OWN, *ADAPTERS] == list(STRATEGIES)
+    assert strategies.list(kind="test-time") == list(ADAPTERS)
     assert strategies.list("der*") == ["der", "derpp"]
     plugins = strategies.list(kind="plug-in")
     assert plugins == ["l2", "online_ewc", "pred_kd", "feat_kd", "adab2n", "nap", "reset"]
     assert strategies.list(joinable=True) == ["replay", "lwf", "ewc", "si", "agem", *plugins]
-    assert set(strategies.list(joinable=False)) == set(OWN) - set(strategies.list(joinable=True))
+    assert set(strategies.list(joinable=False)) == {*OWN, *ADAPTERS} - set(strategies.list(joinable=True))
 
 
 def test_records_cannot_be_changed() -> None:
