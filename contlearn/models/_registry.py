@@ -106,6 +106,13 @@ REGISTRY = index(
             for depth in (14, 20, 26, 32)
         ),
         ModelInfo(
+            "wrn16_2",
+            "contlearn.models._wide_resnet:wrn16_2",
+            "WideResNet-16-2, pre-activation, 6 residual blocks, 128 features.",
+            _WRN,
+            "The network of wrn40_2 with 2 blocks per stage.",
+        ),
+        ModelInfo(
             "wrn40_2",
             "contlearn.models._wide_resnet:wrn40_2",
             "WideResNet-40-2, pre-activation, 18 residual blocks, 128 features.",

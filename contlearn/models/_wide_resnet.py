@@ -86,6 +86,22 @@ def _stage(in_channels: int, out_channels: int, stride: int, blocks: int, dropou
     )
 
 
+def wrn16_2(input_shape: Shape, *, dropout: float = 0.0, normalise_input: bool = False) -> WideResNet:
+    """WideResNet-16-2: 6 blocks, 128 features; 690,384 parameters without the classifier at 3 channels.
+
+    Args:
+        input_shape: (channels, height, width) of one image, at least 8x8 pixels.
+        dropout: Dropout between the two convolutions of a block.
+        normalise_input: Scale the input by (x - 0.5) / 0.5 inside the network, for images in 0..1.
+
+    Raises:
+        ContlearnError: The images are too small, or an option is out of range.
+    """
+    channels, _, _ = image_shape("wrn16_2", input_shape, least=8)
+    dropout = fraction("dropout", dropout)
+    return WideResNet(channels, depth=16, width=2, dropout=dropout, normalise_input=normalise_input)
+
+
 def wrn40_2(input_shape: Shape, *, dropout: float = 0.0, normalise_input: bool = False) -> WideResNet:
     """WideResNet-40-2: 18 blocks, 128 features; 2,242,256 parameters without the classifier at 3 channels.
 

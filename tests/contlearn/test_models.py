@@ -62,7 +62,7 @@ def test_a_name_cannot_be_registered_twice():
 
 
 def test_list_takes_wildcards_and_reaches_timm_by_prefix():
-    assert models.list("wrn*") == ["wrn28_10", "wrn40_2"]
+    assert models.list("wrn*") == ["wrn16_2", "wrn28_10", "wrn40_2"]
     assert "timm/mobilenetv2_050" in models.list("timm/mobilenetv2*")
     assert not any("/" in name for name in models.list())
 
@@ -111,6 +111,7 @@ def test_the_command_line_sees_every_option_with_its_help(name):
         ("resnet20", 269_072, 64),
         ("resnet26", 366_288, 64),
         ("resnet32", 463_504, 64),
+        ("wrn16_2", 690_384, 128),
         ("wrn40_2", 2_242_256, 128),
         ("wrn28_10", 36_472_784, 640),
     ],
