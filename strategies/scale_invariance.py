@@ -162,7 +162,7 @@ def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[str], 
     _, dtype = place_of(model)
     model.train()
     for module in special:
-        module.analysed = True
+        module.analysed = True  # type: ignore[assignment]
     try:
         with torch.no_grad(), fake:
             # On the CPU whatever the model's device: the graph, and with it the result, is then the same everywhere.
@@ -178,5 +178,5 @@ def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[list[str], 
         for module, training in modes.items():
             module.training = training
         for module in special:
-            module.analysed = False
+            module.analysed = False  # type: ignore[assignment]
     return names, traced
