@@ -43,11 +43,13 @@ class CheckpointFolder:
     Args:
         folder: path of the folder; made when first written to.
         samples: where the stream's samples sit.
+        steps: experiences (or domain visits) of the run; default: the training experiences.
     """
 
-    def __init__(self, folder: Path, samples: Samples) -> None:
+    def __init__(self, folder: Path, samples: Samples, *, steps: int | None = None) -> None:
         self.folder = folder
         self.samples = samples
+        self.steps = len(samples.experiences) if steps is None else steps
 
     def save(
         self, strategy: Any, experiences_done: int, *, inside: bool = False, counters: Mapping[str, float] | None = None
@@ -166,7 +168,7 @@ class CheckpointFolder:
         """What is read before a decoder looks at it has the types it should."""
         counters, tensors = content["counters"], content["tensors"]
         whole = type(content["experiences_done"]) is int and type(tensors["bytes"]) is int
-        if not whole or not 0 <= content["experiences_done"] <= len(self.samples.experiences):
+        if not whole or not 0 <= content["experiences_done"] <= self.steps:
             raise ValueError(f"experiences_done is {content['experiences_done']!r}")
         if any(type(value) not in (int, float) for value in counters.values()) or not isinstance(tensors["file"], str):
             raise TypeError("counters or tensors of the wrong type")

@@ -80,7 +80,8 @@ def _top() -> argparse.ArgumentParser:
 def _run(arguments: list[str]) -> int:
     parser = _Parser(
         prog="contlearn run",
-        description="Train a strategy on a stream and evaluate after every experience.",
+        description="Train a strategy on a stream and evaluate after every experience, or adapt a source model to a "
+        "stream at test time.",
         epilog="Every option of the scenario, the model and the strategy can be given as --SECTION.OPTION=VALUE; "
         "with --help, those of the configuration (or of --strategy.name=NAME and so on) are listed.",
         add_help=False,
@@ -113,6 +114,7 @@ def _run(arguments: list[str]) -> int:
     stream = configuration.make_stream(resolved)
     from contlearn import models
     from contlearn.memory import process
+    from contlearn.results import TEST_TIME
     from contlearn.running import run
 
     models.describe(resolved["model"]["name"]).load_factory()
@@ -134,13 +136,20 @@ def _run(arguments: list[str]) -> int:
     )
     from contlearn import plots
 
-    plots.accuracy_per_experience([(resolved["strategy"]["name"], result.results)], folder / "accuracy.png")
-    plots.accuracy_matrix(result.results, folder / "accuracy_matrix.png")
+    runs = [(resolved["strategy"]["name"], result.results)]
+    test_time = result.results.get("kind") == TEST_TIME
+    if test_time:
+        plots.error_over_stream(runs, folder / "error_over_stream.png")
+    else:
+        plots.accuracy_per_experience(runs, folder / "accuracy.png")
+        plots.accuracy_matrix(result.results, folder / "accuracy_matrix.png")
     if not options.quiet:
         from contlearn.memory.show import render
 
         console = _console()
-        console.print(plots.table([(resolved["strategy"]["name"], result.results)]))
+        console.print(plots.domain_table(result.results) if test_time else plots.table(runs))
+        if result.results.get("worse_than_source"):
+            console.print(plots.worse_than_source(result.results), style="bold red", highlight=False)
         if result.memory:
             console.print()
             console.print(render(result.memory))

@@ -134,6 +134,8 @@ def resolve(config: dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
     parsed = _parse(parser, given, free, _types(options))
     resolved = {section: {"name": names[section], **(parsed.get(section) or {})} for section in SECTIONS}
     resolved["model"].update(extra)
+    if is_test_time(names["strategy"]) and resolved["model"].get("head") == "auto":
+        resolved["model"]["head"] = "fixed"  # nothing new is learned there that a head could grow for
     if "plugins" in resolved["strategy"]:
         resolved["strategy"]["plugins"] = _resolved_plugins(resolved["strategy"]["plugins"] or [])
     return {**resolved, **{option.name: parsed[option.name] for option in RUN_OPTIONS}}
@@ -195,12 +197,24 @@ def build_on(stream: Any, resolved: dict[str, Any]) -> Any:
             f"model {name!r}: not enough memory for the weights that its options ask for; expected a smaller model"
         ) from None
     strategy_spec = dict(resolved["strategy"])
+    if resolved.get("memory_budget") is not None and is_test_time(strategy_spec["name"]):
+        raise ContlearnError(
+            f"memory_budget: a test-time strategy such as {strategy_spec['name']!r} keeps no exemplars to fit into it; "
+            "expected none"
+        )
     strategy = strategies.create(strategy_spec.pop("name"), model, **strategy_spec)
     if resolved.get("memory_budget") is not None:
         from contlearn.memory import budget
 
         budget.apply(strategy, stream, resolved["memory_budget"])
     return strategy
+
+
+def is_test_time(strategy: str) -> bool:
+    """Whether a registered strategy is a test-time adapter."""
+    from contlearn.strategies.registry import describe
+
+    return describe(strategy).kind == "test-time"
 
 
 def make_stream(resolved: dict[str, Any]) -> Any:

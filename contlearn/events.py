@@ -13,10 +13,21 @@ evaluation   ``after`` (training experience, -1 before any training), ``on`` (te
              classes), ``correct_upto`` (classes of test experiences 0..``on``), ``loss`` (mean) or null
 epoch        ``experience``, ``epoch``, ``loss`` (mean), ``iterations``, ``lr``, ``seconds``
 experience   ``experience``, ``train_s``, ``eval_s``, ``samples``, ``iterations``
-memory       ``after``, and bytes by component
-resume       ``experience``
+memory       ``after`` (experience or domain visit), and bytes by component
+resume       ``experience`` or ``visit``
 interrupted  (free)
 end          (free)
+===========  ==========================================================================================================
+
+A test-time run has ``kind`` ``test-time`` and ``domains`` (names of all visits) in ``run``, no classes, and in place of
+evaluations, epochs and experiences
+
+===========  ==========================================================================================================
+source       ``origin`` of the source weights: ``file``, ``cache`` or ``training``
+domain       ``visit``, ``name``, ``n`` samples, ``errors`` of the adapter and ``source_errors`` of the source model on
+             them, ``batches``, ``seconds`` in the adapter, of these ``watched_s`` in the ``watched`` batches that the
+             memory account measured, ``trips`` of the guards, and where several domains are mixed ``by_domain``
+             (``n``, ``errors``, ``source_errors`` by name)
 ===========  ==========================================================================================================
 
 A killed run that resumes repeats some records: the last one with the same key counts (:func:`latest`).

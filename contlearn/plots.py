@@ -23,6 +23,7 @@ Runs = Sequence[tuple[str, Mapping[str, Any]]]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # 8 beside 7 colours: the pair repeats after 56 lines
 DPI = 160
+NAMED_DOMAINS = 40  # domain visits with a legible name each
 NUMBERS_UP_TO = 40  # columns of a matrix whose cells still hold a legible number
 
 
@@ -126,6 +127,91 @@ def accuracy_matrix(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     bar = figure.colorbar(image, ax=axes, label="accuracy")
     bar.outline.set_visible(False)
     _save(figure, path)
+
+
+def error_over_stream(runs: Runs, path: str | os.PathLike[str]) -> None:
+    """A PNG of 1200x800 pixels: error on each domain of test-time runs in order of time, the source model dashed.
+
+    Runs with the same label (seeds) become their mean with a band of one standard deviation, over the domains that all
+    of them visited. The source model is that of the runs of the first label.
+
+    Args:
+        runs: pairs of label and results.
+        path: the PNG to write.
+
+    Raises:
+        ContlearnError: no run, none that visited a domain, or the file cannot be written.
+    """
+    groups = _groups(runs)
+    names = list(dict.fromkeys(name for _, results in runs for name in results["domains"]))
+    if not names:
+        raise ContlearnError("nothing to draw: the run has visited no domain yet")
+    figure = _figure(1200, 800)
+    axes = figure.add_subplot()
+    first = next(iter(groups.values()))
+    lines = [(group, "error_by_domain", COLOURS[i % len(COLOURS)], "-") for i, group in enumerate(groups.values())]
+    handles = []
+    for index, (group, key, colour, style) in enumerate([*lines, (first, "source_error_by_domain", "#777777", "--")]):
+        known = [name for name in names if all(name in results[key] for results in group)]
+        values = [[results[key][name] for results in group] for name in known]
+        x, mean = [names.index(name) + 1 for name in known], [fmean(seeds) for seeds in values]
+        source = style == "--"
+        (line,) = axes.plot(
+            x, mean, color=colour, linestyle=style, linewidth=1.8, markersize=6, markeredgecolor="white",
+            markeredgewidth=0.7, marker=None if source and len(x) > 1 else MARKERS[index % len(MARKERS)],
+            clip_on=False, zorder=3.5 if source else 3,
+        )  # fmt: skip
+        if len(group) > 1 and not source:
+            spread = [stdev(seeds) for seeds in values]
+            low = [max(0.0, m - sd) for m, sd in zip(mean, spread, strict=True)]
+            axes.fill_between(x, low, [m + sd for m, sd in zip(mean, spread, strict=True)], color=colour, alpha=0.18,
+                              linewidth=0, zorder=2)  # fmt: skip
+        handles.append(line)
+    axes.set_ylabel("error")
+    axes.set_ylim(0.0, None)
+    axes.set_xlim(1 - 0.02 * max(len(names) - 1, 1), len(names) + 0.02 * max(len(names) - 1, 1))
+    if len(names) <= NAMED_DOMAINS:
+        longest = max(map(len, names))
+        upright = len(names) * longest > 90
+        axes.set_xticks(range(1, len(names) + 1), [_short(name, 24) for name in names], rotation=40 if upright else 0,
+                        ha="right" if upright else "center", rotation_mode="anchor", fontsize=8,
+                        parse_math=False)  # fmt: skip
+    else:
+        _whole_ticks(axes, len(names))
+        axes.set_xlabel("domain visits")
+    axes.grid(axis="y", color="#D9D9D9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend(figure, handles, [*groups, "source model, not adapted"])
+    if any(len(group) > 1 for group in groups.values()):
+        axes.set_title("mean of the seeds, band: one standard deviation", fontsize=9, color="#555555", loc="left")
+    _save(figure, path)
+
+
+def domain_table(results: Mapping[str, Any]) -> Table:
+    """A rich table of a test-time run with a row per domain: error of the adapter, of the source model, difference."""
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_footer=True)
+    found.add_column("domain", "mean", overflow="fold")
+    mean, source = results["mean_error"], results["source_mean_error"]
+    for heading, footer in ((results["strategy"], mean), ("source", source)):
+        found.add_column(Text(heading), "-" if footer is None else f"{footer:.3f}", justify="right", min_width=5)
+    found.add_column("difference", "-" if mean is None else f"{mean - source:+.3f}", justify="right", min_width=6)
+    for name in results["domains"]:
+        error, other = results["error_by_domain"][name], results["source_error_by_domain"][name]
+        worse = "red" if error > other else ""
+        found.add_row(Text(name), f"{error:.3f}", f"{other:.3f}", Text(f"{error - other:+.3f}", style=worse))
+    return found
+
+
+def worse_than_source(results: Mapping[str, Any]) -> str:
+    """The line that says that adaptation did harm."""
+    return (
+        f"{results['strategy']} is worse than the source model it started from: mean error "
+        f"{results['mean_error']:.3f} instead of {results['source_mean_error']:.3f}"
+    )
 
 
 def table(runs: Runs) -> Table:

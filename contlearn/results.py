@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from contlearn.files import atomic_write_text
 
 FILE_NAME = "results.json"
 SCHEMA = 1
+TEST_TIME = "test-time"
 PACKAGES = ("torch", "torchvision", "avalanche-lib", "timm", "numpy", "contlearn")
 
 
@@ -29,6 +30,7 @@ def build(events: Sequence[Event]) -> dict[str, Any]:
     ``accuracy_matrix`` and ``accuracy_seen`` (``contlearn.metrics``), ``metrics``, ``time`` (``train_s``, ``eval_s``:
     of the experiences that count, not of what a killed run repeated), ``environment``, and ``memory`` where the run
     recorded any. Of a number recorded after several experiences, ``memory`` holds the largest: what a device must have.
+    A test-time run has other keys: see :func:`build_test_time`.
 
     Raises:
         ContlearnError: a record lacks a field, or there is no record ``run``.
@@ -36,14 +38,13 @@ def build(events: Sequence[Event]) -> dict[str, Any]:
     run = event_log.run_record(events)
     if field(run, "schema") != SCHEMA:
         raise ContlearnError(f"events with schema {run['schema']!r}: this version reads schema {SCHEMA}")
-    stages = [record["event"] for record in events if record["event"] in ("run", "resume", "interrupted", "end")]
+    if run.get("kind") == TEST_TIME:
+        return build_test_time(events, run)
     experiences = latest(events, "experience", "experience").values()
     built = {
         "schema": SCHEMA,
-        "status": "complete" if stages[-1] == "end" else "incomplete",
-        "strategy": field(run, "strategy"),
-        "scenario": field(run, "scenario"),
-        "seed": field(run, "seed"),
+        "status": _status(events),
+        **{name: field(run, name) for name in ("strategy", "scenario", "seed")},
         "joint": bool(run.get("joint", False)),
         "classes_per_experience": [list(classes) for classes in field(run, "classes_per_experience")],
         "accuracy_matrix": metrics.accuracy_matrix(events),
@@ -59,6 +60,79 @@ def build(events: Sequence[Event]) -> dict[str, Any]:
     if memory:
         built["memory"] = memory
     return built
+
+
+def build_test_time(events: Sequence[Event], run: Event) -> dict[str, Any]:
+    """The content of ``results.json`` of a test-time run.
+
+    Keys: ``schema``, ``status``, ``kind`` ``test-time``, ``strategy``, ``scenario``, ``seed``, ``error_by_domain`` and
+    ``source_error_by_domain`` (0..1, by name; a visit that mixes several domains gives each of them), ``domains``
+    (these names in order of time, which JSON's objects do not keep), ``mean_error`` and ``source_mean_error`` (over
+    these entries, whatever their number of samples; the source model, never adapted, answers the same samples),
+    ``worse_than_source``, ``metrics`` (the two means again), ``time`` (``adapt_s``, and ``per_batch_s`` of the batches
+    whose memory was not measured), ``samples``, ``batches``, ``trips`` of the guards, ``memory``, ``environment``.
+
+    Raises:
+        ContlearnError: a record lacks a field.
+    """
+    visits = [record for _, record in sorted(latest(events, "domain", "visit").items())]
+    entries: dict[str, tuple[int, int, int]] = {}
+    for visit in visits:
+        parts = visit.get("by_domain") or {field(visit, "name"): visit}
+        for name, counts in parts.items():
+            before = entries.get(name, (0, 0, 0))
+            added = (_count(visit, counts, key) for key in ("n", "errors", "source_errors"))
+            n, errors, source = (a + b for a, b in zip(before, added, strict=True))
+            entries[name] = n, errors, source
+    errors_of = {name: errors / n for name, (n, errors, _) in entries.items()}
+    source_of = {name: source / n for name, (n, _, source) in entries.items()}
+    means = {
+        "mean_error": math.fsum(errors_of.values()) / len(errors_of) if errors_of else None,
+        "source_mean_error": math.fsum(source_of.values()) / len(source_of) if source_of else None,
+    }
+    mean, source_mean = means.values()
+    seconds, batches = (sum(field(visit, name) for visit in visits) for name in ("seconds", "batches"))
+    watched_s, watched = (sum(visit.get(name) or 0 for visit in visits) for name in ("watched_s", "watched"))
+    if batches == watched:  # too few batches to leave out those that were measured
+        watched_s = watched = 0
+    built = {
+        "schema": SCHEMA,
+        "status": _status(events),
+        "kind": TEST_TIME,
+        **{name: field(run, name) for name in ("strategy", "scenario", "seed")},
+        "domains": list(errors_of),
+        "error_by_domain": errors_of,
+        "source_error_by_domain": source_of,
+        **means,
+        "worse_than_source": mean is not None and source_mean is not None and mean > source_mean,
+        "metrics": dict(means),
+        "samples": sum(n for n, _, _ in entries.values()),
+        "batches": batches,
+        "trips": [
+            {"domain": visit["name"], **trip} for visit in visits for trip in field(visit, "trips", list)
+        ],
+        "time": {
+            "adapt_s": seconds,
+            "per_batch_s": (seconds - watched_s) / (batches - watched) if batches else None,
+        },
+        "environment": dict(run.get("environment") or {}),
+    }
+    memory = _memory(events)
+    if memory:
+        built["memory"] = memory
+    return built
+
+
+def _count(visit: Event, counts: Any, key: str) -> int:
+    value = counts.get(key) if isinstance(counts, Mapping) else None
+    if not isinstance(value, int) or value < (key == "n"):
+        raise ContlearnError(f"damaged events: a record 'domain' of {visit['name']!r} has {key!r} = {value!r}")
+    return value
+
+
+def _status(events: Sequence[Event]) -> str:
+    stages = [record["event"] for record in events if record["event"] in ("run", "resume", "interrupted", "end")]
+    return "complete" if stages[-1] == "end" else "incomplete"
 
 
 def write(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -259,7 +259,9 @@ class Encoder:
             "attributes": attributes,
         }
 
-    def _optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
+    def _optimizer(self, optimizer: Optimizer | None) -> dict[str, Any] | None:
+        if optimizer is None:  # an adapter that trains nothing
+            return None
         names = {id(parameter): name for name, parameter in self.strategy.model.named_parameters()}
         groups = [
             {
@@ -507,7 +509,9 @@ class Decoder:
             child = module.get_submodule(name)
             self._fill(vars(child), attributes)
 
-    def _load_optimizer(self, stored: dict[str, Any]) -> None:
+    def _load_optimizer(self, stored: dict[str, Any] | None) -> None:
+        if stored is None:
+            return
         strategy = self.strategy
         named = dict(strategy.model.named_parameters())
         optimizer = strategy.optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,6 +61,58 @@ class MemoryReport:
         return record
 
 
+class StepWatch:
+    """One step under watch, in bytes, from here to :meth:`close`: what autograd saves and every storage alive.
+
+    Args:
+        strategy: any strategy, or an adapter.
+        batch: tensors of this step or the last one that exist already.
+
+    Attributes:
+        gradients: most that were alive at a :meth:`note_gradients`; ``None`` before any.
+    """
+
+    def __init__(self, strategy: Any, batch: Iterable[Tensor] = ()) -> None:
+        self._strategy = strategy
+        self.gradients: int | None = None
+        holdings = Holdings(strategy)
+        held = [*model_tensors(strategy.model), *optimizer_tensors(strategy.optimizer), *holdings.tensors()]
+        gradients = [p.grad for p in strategy.model.parameters() if p.grad is not None]
+        # What stands for an array is alive only here; of everything else, only its owner may decide.
+        self._arrays = [tensor for tensor in held if tensor.is_meta]
+        self._saved = SavedForBackward(held)
+        self._live = LiveStorages(tracked=[*held, *gradients, *batch])
+        self._replay = holdings.replay_bytes()
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(self._saved.watching())
+        self._stack.enter_context(self._live)
+
+    @property
+    def working(self) -> int:
+        """Peak of everything but the exemplars."""
+        return self._live.peak
+
+    def note_gradients(self) -> None:
+        """Gradients are there now."""
+        self.gradients = max(self.gradients or 0, gradient_bytes(self._strategy))
+
+    def figures(self) -> dict[str, int]:
+        """Stop watching; ``gradients``, ``activations``, ``peak_static`` and ``method_state.NAME`` of the step."""
+        found = {
+            "gradients": gradient_bytes(self._strategy) if self.gradients is None else self.gradients,
+            "activations": self._saved.peak,
+            "peak_static": self._replay + self._live.peak,
+        }
+        self.close()
+        found.update({f"method_state.{name}": size for name, size in Holdings(self._strategy).state_bytes().items()})
+        return found
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._stack.close()
+        self._arrays = []
+
+
 class MemoryAccount(SupervisedPlugin):
     """A plug-in that measures the first two training steps of every experience, and what is left after it.
 
@@ -76,7 +128,7 @@ class MemoryAccount(SupervisedPlugin):
     """
 
     memory_exempt = True
-    checkpoint_exclude = ("_record", "_stack", "_saved", "_live", "_held", "_arrays")
+    checkpoint_exclude = ("_record", "_watch")
 
     def __init__(self, record: Callable[[MemoryReport], None] | None = None) -> None:
         super().__init__()
@@ -86,11 +138,7 @@ class MemoryAccount(SupervisedPlugin):
         self._sampled: dict[str, int] = {}
         self._step = 0
         self._asleep = False
-        self._stack: contextlib.ExitStack | None = None
-        self._saved: SavedForBackward | None = None
-        self._live: LiveStorages | None = None
-        self._held: dict[str, int] = {}
-        self._arrays: list[Tensor] = []
+        self._watch: StepWatch | None = None
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Look at steps of this experience."""
@@ -122,44 +170,26 @@ class MemoryAccount(SupervisedPlugin):
         self._step += 1
         if self._asleep or self._step > 2:
             return
-        holdings = Holdings(strategy)
-        held = [*model_tensors(strategy.model), *optimizer_tensors(strategy.optimizer), *holdings.tensors()]
-        gradients = [p.grad for p in strategy.model.parameters() if p.grad is not None]
         last = [*(strategy.mbatch or []), strategy.mb_output, strategy.loss]
-        # What stands for an array is alive only here; of everything else, only its owner may decide.
-        self._arrays = [tensor for tensor in held if tensor.is_meta]
-        self._saved = SavedForBackward(held)
-        self._live = LiveStorages(tracked=[*held, *gradients, *(t for t in last if isinstance(t, Tensor))])
-        self._held = {"replay": holdings.replay_bytes()}
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(self._saved.watching())
-        self._stack.enter_context(self._live)
+        self._watch = StepWatch(strategy, [tensor for tensor in last if isinstance(tensor, Tensor)])
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Gradients are all there now."""
-        if self._stack is not None:
-            self._held["gradients"] = gradient_bytes(strategy)
+        if self._watch is not None:
+            self._watch.note_gradients()
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Stop watching and note the figures."""
-        if self._stack is None or self._saved is None or self._live is None:
+        if self._watch is None:
             return
-        found = {
-            "gradients": self._held.get("gradients", gradient_bytes(strategy)),
-            "activations": self._saved.peak,
-            "peak_static": self._held["replay"] + self._live.peak,
-        }
-        self.working = max(self.working, self._live.peak)
-        self._release()
-        found.update({f"method_state.{name}": size for name, size in Holdings(strategy).state_bytes().items()})
-        for name, size in found.items():
-            self._sampled[name] = max(size, self._sampled.get(name, 0))
+        watch, self._watch = self._watch, None
+        self.working = max(self.working, watch.working)
+        _keep_largest(self._sampled, watch.figures())
 
     def _release(self) -> None:
-        if self._stack is not None:
-            self._stack.close()
-        self._stack = self._saved = self._live = None
-        self._arrays = []
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Nothing: other plug-ins update their memories in this hook; :meth:`close_experience` comes after them all."""
@@ -172,6 +202,66 @@ class MemoryAccount(SupervisedPlugin):
         if self._record is not None:
             self._record(report)
         return report
+
+
+class AdapterAccount:
+    """Measures the first two batches that a test-time adapter learns from, as :class:`MemoryAccount` does steps.
+
+    A batch that a filter passes over has no step: it is looked at, but does not count as one of the two.
+
+    Attributes:
+        sampled: largest figures so far, as :func:`snapshot` takes them.
+        working: peak of the measured batches.
+        measured: batches that count; batches looked at.
+    """
+
+    COUNT = 2
+    PATIENCE = 20  # batches to look at, whatever they hold
+
+    def __init__(self) -> None:
+        self.sampled: dict[str, int] = {}
+        self.working = 0
+        self.measured = (0, 0)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the next batch shall be measured."""
+        counted, looked = self.measured
+        return counted < self.COUNT and looked < self.PATIENCE
+
+    @contextlib.contextmanager
+    def watching(self, adapter: Any, x: Tensor) -> Iterator[None]:
+        """Measure the batch ``x`` that the adapter is given inside the block."""
+        watch = StepWatch(adapter, [x])
+        # An adapter drops its gradients inside the call; at a step, they are all there.
+        optimizer = adapter.optimizer
+        hooks = [optimizer.register_step_pre_hook(lambda *_: watch.note_gradients())] if optimizer is not None else []
+        try:
+            yield
+            counted, looked = self.measured
+            self.measured = (counted + (watch.gradients is not None or optimizer is None), looked + 1)
+            self.working = max(self.working, watch.working)
+            _keep_largest(self.sampled, watch.figures())
+        finally:
+            watch.close()
+            for hook in hooks:
+                hook.remove()
+
+    def counters(self) -> dict[str, float]:
+        """What was measured so far, for a checkpoint."""
+        figures = {f"memory.{name}": float(size) for name, size in self.sampled.items()}
+        return {**figures, "measured": self.measured[0], "looked": self.measured[1], "working": self.working}
+
+    def restore(self, counters: Mapping[str, float]) -> None:
+        """Go on from what :meth:`counters` gave."""
+        self.measured = int(counters.get("measured", 0)), int(counters.get("looked", 0))
+        self.working = int(counters.get("working", 0))
+        self.sampled = {k.removeprefix("memory."): int(v) for k, v in counters.items() if k.startswith("memory.")}
+
+
+def _keep_largest(figures: dict[str, int], found: Mapping[str, int]) -> None:
+    for name, size in found.items():
+        figures[name] = max(size, figures.get(name, 0))
 
 
 class StopAfter(SupervisedPlugin):

@@ -155,9 +155,9 @@ def model_tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Tensors an optimizer keeps per parameter."""
-    return list(_tensors_in(optimizer.state.values()))
+def optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    """Tensors an optimizer keeps per parameter; none without one (an adapter that trains nothing)."""
+    return [] if optimizer is None else list(_tensors_in(optimizer.state.values()))
 
 
 def sample_bytes(leaf: Any) -> int:

@@ -10,9 +10,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contlearn.errors import ContlearnError
+
+if TYPE_CHECKING:
+    from contlearn.memory.account import AdapterAccount
 
 # Freed blocks go back to the system at once, so that the high-water mark is what was live and not what glibc kept.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -69,11 +72,11 @@ def release_freed() -> None:
 
 
 def measure(config: dict[str, Any], *, steps: int = 4, timeout: float = 600.0) -> dict[str, Any]:
-    """Run a few training steps of a resolved configuration in a fresh process and read its peak.
+    """Run a few steps of a resolved configuration in a fresh process and read its peak.
 
     Args:
         config: as :func:`contlearn.config.resolve` gives it.
-        steps: training steps on the first experience.
+        steps: training steps on the first experience, or batches of the first domain.
         timeout: seconds to wait.
 
     Returns:
@@ -128,7 +131,7 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from contlearn import config as configuration
-    from contlearn.memory.account import MemoryAccount, StopAfter, snapshot
+    from contlearn.memory.account import AdapterAccount, MemoryAccount, StopAfter, snapshot
 
     resolved = request["config"]
     stream = configuration.make_stream(resolved)
@@ -143,10 +146,15 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
     else:
         reset_high_water_mark()
     strategy = configuration.build_on(stream, resolved)
-    account = MemoryAccount()
-    strategy.plugins[:0] = [account, StopAfter(int(request["steps"]))]
-    joint = getattr(strategy, "trains_jointly", False)
-    strategy.train(stream.train_stream if joint else stream.train_stream[0], eval_streams=[])
+    account: MemoryAccount | AdapterAccount
+    if getattr(strategy, "adapts", False):
+        account = AdapterAccount()
+        _adapt(strategy, stream, account, int(request["steps"]))
+    else:
+        account = MemoryAccount()
+        strategy.plugins[:0] = [account, StopAfter(int(request["steps"]))]
+        joint = getattr(strategy, "trains_jointly", False)
+        strategy.train(stream.train_stream if joint else stream.train_stream[0], eval_streams=[])
     peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM") - before
     resting = snapshot(strategy)
     # Exemplars are indices into the stream here; a device would hold the pixels.
@@ -158,6 +166,20 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
         "device": "cuda" if cuda else "cpu",
         "allocator": {} if cuda else ALLOCATOR,
     }
+
+
+def _adapt(adapter: Any, stream: Any, account: AdapterAccount, steps: int) -> None:
+    """The first batches of a stream, on weights that were not trained: what adapting takes does not depend on them."""
+    import itertools
+
+    from contlearn.strategies.loader import BatchLoader, BatchSource
+
+    adapter.needs_source_data = False
+    adapter.start()
+    source = BatchSource(stream.test_stream[0].dataset.eval(), adapter.device)
+    for x, *_ in itertools.islice(BatchLoader(source, batch_size=adapter.batch_size), steps):
+        with account.watching(adapter, x) if account.wanted else contextlib.nullcontext():
+            adapter(x)
 
 
 def warm_up() -> None:

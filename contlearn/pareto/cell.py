@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_EVERY = 60.0  # seconds; a cell that is over sooner is cheaper to repeat than to store
 KEPT_DATA_SETS = 4
+HEADLINES = ("final_accuracy", "mean_error")  # what a cell's line shows, by the kind of run
 
 _DATA: OrderedDict[tuple[Any, ...], ImageData] = OrderedDict()
 
@@ -42,16 +43,18 @@ def execute(cell_id: str, config: Mapping[str, Any], folder: Path) -> dict[str, 
 
     Returns:
         The record: ``schema``, ``id``, ``status`` (``complete`` or ``failed``), ``error`` (one line or ``None``),
-        ``final_accuracy``, ``started`` (unix seconds), ``seconds`` of this attempt.
+        ``final_accuracy`` or, of a test-time run, ``mean_error``, ``started`` (unix seconds), ``seconds`` of this
+        attempt.
 
     Raises:
         ContlearnError: the folder cannot be written.
     """
     started, clock = time.time(), time.perf_counter()
     error: str | None = None
-    accuracy: float | None = None
+    headline: dict[str, float | None] = {"final_accuracy": None}
     try:
-        accuracy = _train(config, folder).metrics["final_accuracy"]
+        metrics = _train(config, folder).metrics
+        headline = {name: metrics[name] for name in HEADLINES if name in metrics}
     except ContlearnError as problem:
         error = str(problem)
     except Exception as problem:
@@ -64,7 +67,7 @@ def execute(cell_id: str, config: Mapping[str, Any], folder: Path) -> dict[str, 
         "id": cell_id,
         "status": "complete" if error is None else "failed",
         "error": error,
-        "final_accuracy": accuracy,
+        **headline,
         "started": started,
         "seconds": time.perf_counter() - clock,
     }

@@ -86,20 +86,21 @@ def _show(content: Mapping[str, Any], folder: Path) -> None:
     from rich.text import Text
 
     from contlearn.memory.units import in_words
-    from contlearn.pareto.figure import METRIC, axis
-    from contlearn.pareto.summary import NOT_BYTES, memory_of
+    from contlearn.pareto.figure import axis
+    from contlearn.pareto.summary import NOT_BYTES, headline, memory_of
 
-    field = axis(content["groups"])
-    front = set(content["fronts"].get(field, {}).get(METRIC, ()))
+    field, metric = axis(content["groups"]), headline(content["groups"])
+    shown = ("mean_error", "source_mean_error") if metric == "mean_error" else ("final_accuracy", "average_accuracy")
+    front = set(content["fronts"].get(field, {}).get(metric, ()))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("strategy", overflow="fold")
-    for heading in ((field or "memory").replace("_", " "), "final accuracy", "average accuracy", "front"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in (field or "memory", *shown, "front"):
+        table.add_column(heading.replace("_", " "), justify="right", no_wrap=True)
     for group in content["groups"]:
         memory = memory_of(group, field) if field else None
-        shown = "-" if memory is None else f"{memory:g}" if field in NOT_BYTES else in_words(memory)
-        metrics = [_spread(group["metrics"].get(name)) for name in ("final_accuracy", "average_accuracy")]
-        table.add_row(Text(group["id"]), shown, *metrics, "*" if group["id"] in front else "")
+        amount = "-" if memory is None else f"{memory:g}" if field in NOT_BYTES else in_words(memory)
+        metrics = [_spread(group["metrics"].get(name)) for name in shown]
+        table.add_row(Text(group["id"]), amount, *metrics, "*" if group["id"] in front else "")
     if content["groups"]:
         Console().print(table)
     written = [name for name in ("pareto.csv", "pareto.json", "pareto.png", "report.html") if (folder / name).exists()]

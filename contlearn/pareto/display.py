@@ -111,8 +111,7 @@ class SweepProgress:
         if record["status"] == "failed":
             parts.append(f"FAILED: {_clean(record['error'])}")
         else:
-            accuracy = record.get("final_accuracy")
-            parts += [f"accuracy {accuracy:.3f}"] if accuracy is not None else []
+            parts += [f"{name} {value:.3f}" for name, value in _shown(record)]
         parts.append(f"{record['seconds']:.1f} s")
         left = self.remaining()
         return "  ".join([*parts, *([f"{duration(left)} left"] if left else [])])
@@ -165,13 +164,14 @@ class SweepProgress:
         head += [f"{duration(left)} left"] if left and len(self._records) < len(self._cells) else []
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("strategy", overflow="ellipsis", no_wrap=True)
-        for heading in ("", "done", "running", "failed", "accuracy", "s/cell"):
+        figure = next((name for record in self._records.values() for name, _ in _shown(record)), "accuracy")
+        for heading in ("", "done", "running", "failed", figure, "s/cell"):
             table.add_column(heading, justify="right", no_wrap=True)
         for label in dict.fromkeys(cell.label for cell in self._cells.values()):
             ids = [cell_id for cell_id, cell in self._cells.items() if cell.label == label]
             ended = [self._records[cell_id] for cell_id in ids if cell_id in self._records]
             complete = [record for record in ended if record["status"] == "complete"]
-            accuracies = [record["final_accuracy"] for record in complete if record.get("final_accuracy") is not None]
+            shown = [value for record in complete for _, value in _shown(record)]
             broken = len(ended) - len(complete)
             table.add_row(
                 Text(_clean(label)),
@@ -179,7 +179,13 @@ class SweepProgress:
                 f"{len(ended)}/{len(ids)}",
                 str(sum(cell_id in self._running for cell_id in ids) or ""),
                 Text(str(broken or ""), style="bold red"),
-                f"{fmean(accuracies):.3f}" if accuracies else "",
+                f"{fmean(shown):.3f}" if shown else "",
                 f"{fmean(record['seconds'] for record in complete):.1f}" if complete else "",
             )
         return Group(Text("  ".join(head)), table)
+
+
+def _shown(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The figure a cell is known by, with its name; none where it has none."""
+    figures = (("accuracy", record.get("final_accuracy")), ("error", record.get("mean_error")))
+    return [(name, value) for name, value in figures if value is not None]

@@ -1,4 +1,4 @@
-"""``pareto.png``: accuracy over memory, one line per strategy, and the front."""
+"""``pareto.png``: accuracy (of test-time runs, error) over memory, one line per strategy, and the front."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRIC = "final_accuracy"
 # The axis is the first of these that tells the groups apart.
 FIELDS = ("persistent", "peak_static", "replay", "budget", "memory_size")
+# A device that adapts must hold the step, and what it keeps differs little from one adapter to the next.
+TEST_TIME_FIELDS = ("peak_static", "persistent")
 NAMES = {
     "persistent": "persistent memory: weights, state and replay",
-    "peak_static": "peak memory of training",
+    "peak_static": "peak memory of training or adapting",
     "replay": "replay memory",
     "budget": "memory budget",
     "memory_size": "exemplars in memory",
@@ -43,7 +44,8 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
     Raises:
         ContlearnError: the file cannot be written.
     """
-    groups: Sequence[Mapping[str, Any]] = [group for group in content["groups"] if METRIC in group["metrics"]]
+    metric = summary.headline(content["groups"])
+    groups: Sequence[Mapping[str, Any]] = [group for group in content["groups"] if metric in group["metrics"]]
     field = axis(groups)
     if field is None:
         path.unlink(missing_ok=True)
@@ -55,7 +57,7 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
     scaled = {group["id"]: float(memory[group["id"]] or 0) / factor for group in known}
     amounts = sorted({amount for amount in scaled.values() if amount > 0})
     logarithmic = amounts[-1] / amounts[0] > 8
-    panels = _panels(figure, [group["metrics"][METRIC] for group in known])
+    panels = _panels(figure, [group["metrics"][metric] for group in known], from_zero=not summary.METRICS[metric])
     labels = list(dict.fromkeys(group["label"] for group in known))
     levels = [label for label in labels if all(scaled[g["id"]] == 0 for g in known if g["label"] == label)]
     for axes in panels:
@@ -65,11 +67,11 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
         for index, label in enumerate(labels):
             members = sorted((g for g in known if g["label"] == label), key=lambda group: scaled[group["id"]])
             if logarithmic and label in levels:
-                handles.append(_level(axes, members, index, levels.index(label), len(levels)))
+                handles.append(_level(axes, members, metric, index, levels.index(label), len(levels)))
             else:
-                handles.append(_curve(axes, members, scaled, index))
-        front = [group_id for group_id in content["fronts"][field][METRIC] if scaled[group_id] > 0 or not logarithmic]
-        means = {group["id"]: group["metrics"][METRIC]["mean"] for group in known}
+                handles.append(_curve(axes, members, metric, scaled, index))
+        front = [group_id for group_id in content["fronts"][field][metric] if scaled[group_id] > 0 or not logarithmic]
+        means = {group["id"]: group["metrics"][metric]["mean"] for group in known}
         if len(front) > 1:
             (line,) = axes.step(
                 [scaled[group_id] for group_id in front],
@@ -83,7 +85,7 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
         if logarithmic:
             _ticks(axes, amounts)
     panels[-1].set_xlabel(f"{NAMES.get(field, field.replace('_', ' '))}{f' ({unit})' if unit else ''}")
-    panels[0].set_ylabel("final accuracy")
+    panels[0].set_ylabel(metric.replace("_", " "))
     seeds = max(len(group["seeds"]) for group in known)
     if seeds > 1:
         text = f"mean of up to {seeds} seeds, bars: one standard deviation"
@@ -96,15 +98,21 @@ def draw(content: Mapping[str, Any], path: Path) -> bool:
 def axis(groups: Sequence[Mapping[str, Any]]) -> str | None:
     """The field of memory to draw over; ``None`` where none tells the groups apart."""
     available = summary.memory_fields(groups)
-    for field in [*FIELDS, *available]:
+    first = TEST_TIME_FIELDS if summary.headline(groups) == "mean_error" else ()
+    candidates: list[str] = [*first, *FIELDS, *available]
+    for field in candidates:
         if field in available and len({summary.memory_of(group, field) for group in groups} - {0.0, None}) > 1:
             return field
     return None
 
 
-def _panels(figure: Figure, spreads: Sequence[Mapping[str, Any]]) -> list[Axes]:
+def _panels(figure: Figure, spreads: Sequence[Mapping[str, Any]], *, from_zero: bool) -> list[Axes]:
     """One set of axes, or two where a gap would leave most of one empty: the upper, with most of the room, first."""
     ends = sorted((s["mean"] - (s["sd"] or 0.0), s["mean"] + (s["sd"] or 0.0)) for s in spreads)
+    if from_zero:
+        axes = figure.add_subplot()
+        axes.set_ylim(0.0, min(1.0, 1.1 * max(high for _, high in ends)) or 1.0)
+        return [axes]
     highest = list(itertools.accumulate((high for _, high in ends), max))
     gaps = [(low - before, before, low) for before, (low, _) in zip(highest, ends[1:], strict=False)]
     width, below, above = max(gaps, default=(0.0, 0.0, 0.0))
@@ -129,9 +137,11 @@ def _panels(figure: Figure, spreads: Sequence[Mapping[str, Any]]) -> list[Axes]:
     return [upper, lower]
 
 
-def _curve(axes: Axes, members: Sequence[Mapping[str, Any]], scaled: Mapping[str, float], index: int) -> Any:
+def _curve(
+    axes: Axes, members: Sequence[Mapping[str, Any]], metric: str, scaled: Mapping[str, float], index: int
+) -> Any:
     """A label's means with error bars."""
-    spreads = [group["metrics"][METRIC] for group in members]
+    spreads = [group["metrics"][metric] for group in members]
     style: dict[str, Any] = {
         "color": plots.COLOURS[index % len(plots.COLOURS)],
         "marker": plots.MARKERS[index % len(plots.MARKERS)],
@@ -146,9 +156,11 @@ def _curve(axes: Axes, members: Sequence[Mapping[str, Any]], scaled: Mapping[str
     return bars.lines[0]
 
 
-def _level(axes: Axes, members: Sequence[Mapping[str, Any]], index: int, position: int, count: int) -> Any:
+def _level(
+    axes: Axes, members: Sequence[Mapping[str, Any]], metric: str, index: int, position: int, count: int
+) -> Any:
     """A dashed level; dashes of several levels fall into each other's gaps, so that equal ones can be told apart."""
-    mean, colour = members[0]["metrics"][METRIC]["mean"], plots.COLOURS[index % len(plots.COLOURS)]
+    mean, colour = members[0]["metrics"][metric]["mean"], plots.COLOURS[index % len(plots.COLOURS)]
     dashes = (-4.0 * position, (4.0, 4.0 * max(1, count - 1)))
     return axes.axhline(mean, color=colour, linestyle=dashes, linewidth=1.8, zorder=2)
 

@@ -21,7 +21,7 @@ from contlearn.pareto.plan import Cell
 
 JSON, TABLE, FIGURE = "pareto.json", "pareto.csv", "pareto.png"
 SCHEMA = 1
-# Whether more is better. Hypervolumes need a worst value as well: 0 for accuracies.
+# Whether more is better. Hypervolumes need a worst value as well: 0 for accuracies, 1 for errors.
 METRICS = {
     "final_accuracy": True,
     "average_accuracy": True,
@@ -31,9 +31,10 @@ METRICS = {
     "local_forgetting": False,
     "backward_transfer": True,
     "forward_transfer": True,
+    "mean_error": False,
 }
-ACCURACIES = ("final_accuracy", "average_accuracy", "learning_accuracy")
-PAIRED = ("final_accuracy", "average_accuracy", "forgetting")
+SHARES = ("final_accuracy", "average_accuracy", "learning_accuracy", "mean_error")
+PAIRED = ("final_accuracy", "average_accuracy", "forgetting", "mean_error")
 GIVEN = ("budget", "memory_size")
 NOT_BYTES = ("exemplars", "memory_size")
 
@@ -80,6 +81,7 @@ def found(cell: Cell, folder: SweepFolder) -> dict[str, Any]:
         "memory": {},
         "accuracy_matrix": [],
         "accuracy_seen": [],
+        "domains": {},
         "time": {},
     }
     if record is None or record["status"] != "complete":
@@ -92,8 +94,12 @@ def found(cell: Cell, folder: SweepFolder) -> dict[str, Any]:
         **entry,
         "metrics": dict(results["metrics"]),
         "memory": flat(results.get("memory") or {}),
-        "accuracy_matrix": results["accuracy_matrix"],
-        "accuracy_seen": results["accuracy_seen"],
+        "accuracy_matrix": results.get("accuracy_matrix", []),
+        "accuracy_seen": results.get("accuracy_seen", []),
+        "domains": {
+            name: [results["error_by_domain"][name], results["source_error_by_domain"][name]]
+            for name in results.get("domains", ())
+        },
         "time": {**results["time"], "cell_s": record["seconds"]},
     }
 
@@ -117,9 +123,9 @@ def summarise(plan: Mapping[str, Any], cells: Sequence[Found]) -> dict[str, Any]
     ``cells``: every run. ``groups``: the finished runs that differ in their seed alone, with a
     :class:`~contlearn.pareto.statistics.Spread` of every metric and every part of memory. ``fronts``: ids of the groups
     whose mean no other beats, by memory field and metric, in order of memory. ``hypervolume``: area under those fronts
-    with memory divided by the largest of the sweep, up to that largest memory and accuracy 0; between 0 and 1. ``auc``:
-    areas under a label's curve in MiB (``statistics.area_under_curve``). ``paired``: two labels at equal budgets over
-    their common seeds; one without a budget is compared at every budget of the other.
+    with memory divided by the largest of the sweep, up to that largest memory and accuracy 0 (error 1): 0 to 1.
+    ``auc``: areas under a label's curve in MiB (``statistics.area_under_curve``). ``paired``: two labels at equal
+    budgets over their common seeds; one without a budget is compared at every budget of the other.
 
     Memory fields are those of the account, and ``budget`` or ``memory_size`` where the sweep sets them: there, a
     strategy that remembers nothing stands at 0.
@@ -143,6 +149,12 @@ def summarise(plan: Mapping[str, Any], cells: Sequence[Found]) -> dict[str, Any]
         "auc": _areas(groups, [field for field in fields if field not in NOT_BYTES]),
         "paired": _paired(complete),
     }
+
+
+def headline(groups: Sequence[Found]) -> str:
+    """The metric that a sweep is drawn by: final accuracy, or mean error where all runs are test-time runs."""
+    known = {name for group in groups for name in group["metrics"]}
+    return "mean_error" if "mean_error" in known and "final_accuracy" not in known else "final_accuracy"
 
 
 def memory_fields(groups: Sequence[Found]) -> list[str]:
@@ -215,8 +227,9 @@ def _fronts(groups: Sequence[Found], field: str) -> dict[str, list[str]]:
 
 def _hypervolumes(groups: Sequence[Found], field: str) -> dict[str, float]:
     volumes = {}
-    for metric in ACCURACIES:
+    for metric in SHARES:
         memory, value = _columns(_points(groups, field, metric))
+        value = value if METRICS[metric] else [1 - error for error in value]
         if memory and max(memory) > 0:
             scaled = [amount / max(memory) for amount in memory]
             volumes[metric] = statistics.hypervolume(scaled, value, reference=(1.0, 0.0))

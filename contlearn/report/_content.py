@@ -97,7 +97,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep. ``matrix`` and ``seen`` are as in ``contlearn.metrics``; ``seconds`` is training time."""
+    """One run of a sweep. ``matrix`` and ``seen`` are as in ``contlearn.metrics``; ``seconds`` is training time.
+
+    ``domains`` holds a test-time run's error by domain and that of the source model, in order of time.
+    """
 
     id: str
     setting: Setting
@@ -110,6 +113,7 @@ class Cell:
     matrix: Matrix = ()
     seen: Sequence[float | None] = ()
     seconds: float | None = None
+    domains: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
 
     @property
     def joint(self) -> bool:
@@ -175,7 +179,6 @@ class Content:
         fronts: group ids by memory field and metric.
         epochs: loss records of a single run.
         memory_steps: (experience, bytes by component) of a single run.
-        domains: error per domain of a test-time run.
         notices: what the reader must know first.
     """
 
@@ -193,8 +196,12 @@ class Content:
     paired: Sequence[Paired] = ()
     epochs: Sequence[Mapping[str, Any]] = ()
     memory_steps: Sequence[tuple[int, Mapping[str, float]]] = ()
-    domains: Mapping[str, float] = field(default_factory=dict)
     notices: Sequence[str] = ()
+
+    @property
+    def test_time(self) -> bool:
+        """Whether these are test-time runs and nothing else."""
+        return any(cell.domains for cell in self.cells) and not any(cell.seen for cell in self.cells)
 
     @property
     def metrics(self) -> list[str]:
@@ -204,9 +211,9 @@ class Content:
 
     @property
     def memory(self) -> list[str]:
-        """Memory fields that some group has, parts of a field after it."""
+        """Memory fields that some group has, parts of a field after it; of test-time runs, the peak first."""
         present = {name for group in self.groups for name, spread in group.memory.items() if spread.mean is not None}
-        order = list(MEMORY)
+        order = ["peak_static", *MEMORY] if self.test_time else list(MEMORY)
         return sorted(present, key=lambda name: (order.index(name.split(".")[0]), name))
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 from contlearn.report._content import (
     COMPONENTS,
+    Cell,
     Content,
     Group,
     Matrix,
@@ -47,7 +48,7 @@ def page_data(content: Content) -> dict[str, Any]:
             [[e["experience"], e["epoch"], _rounded(e["loss"], 6), _rounded(e["lr"], 9)] for e in content.epochs]
         ),
         "steps": [{"label": _step(after), "memory": dict(memory)} for after, memory in content.memory_steps],
-        "domains": [[name, _rounded(error)] for name, error in content.domains.items()],
+        "domains": _domains(content.groups),
     }
 
 
@@ -88,6 +89,22 @@ def _group(content: Content, group: Group) -> dict[str, Any]:
             for cell in group.cells
             if cell.matrix and len(group.cells) > 1
         ],
+    }
+
+
+def _domains(groups: Sequence[Group]) -> dict[str, Any]:
+    """Errors by domain: a line of means over the seeds for each group, and one for the source model of the first."""
+    names = list(dict.fromkeys(name for group in groups for cell in group.cells for name in cell.domains))
+    known = [(index, group.cells) for index, group in enumerate(groups) if any(cell.domains for cell in group.cells)]
+
+    def means(cells: Sequence[Cell], which: int) -> list[float | None]:
+        return [_mean([cell.domains.get(name, (None, None))[which] for cell in cells]) for name in names]
+
+    source = means(known[0][1], 1) if known else []
+    return {
+        "names": names,
+        "lines": [{"group": index, "errors": means(cells, 0)} for index, cells in known],
+        "source": source if any(error is not None for error in source) else [],
     }
 
 

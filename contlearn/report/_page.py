@@ -80,6 +80,7 @@ def render(content: Content) -> str:
             _sections.headline(content),
             _sections.pareto(content),
             _sections.memory(content),
+            _sections.domains(content),
             _sections.curves(content),
             _sections.matrices(content),
             _sections.all_numbers(content),

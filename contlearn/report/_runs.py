@@ -52,6 +52,8 @@ def read_run(folder: Path) -> Content:
         notices.append("This run has not finished: the same contlearn run command with --resume goes on with it.")
     if found.get("worse_than_source"):
         notices.append("Adaptation made this model worse than the source model it started from.")
+    if trips := len(results.items("trips")):
+        notices.append(f"The adapter's guard tripped {'once' if trips == 1 else f'{trips} times'}.")
     return Content(
         kind="run",
         name=folder.resolve().name or str(folder),
@@ -72,7 +74,6 @@ def read_run(folder: Path) -> Content:
             for (after,), record in latest(events, "memory", "after").items()
             if isinstance(after, int)
         ],
-        domains=_domains(results),
         notices=notices,
     )
 
@@ -176,7 +177,8 @@ def _cell(results: Node, folder: Path, name: str, config: Mapping[str, Any]) -> 
         memory=memory_numbers(results.object("memory")),
         matrix=matrix(results.items("accuracy_matrix"), results.at("accuracy_matrix")),
         seen=[number(value, results.at("accuracy_seen")) for value in results.items("accuracy_seen")],
-        seconds=results.object("time").number("train_s"),
+        seconds=results.object("time").number("adapt_s" if "error_by_domain" in results.value else "train_s"),
+        domains=_domains(results),
     )
 
 
@@ -188,14 +190,10 @@ def _budget(config: Mapping[str, Any], strategy: Mapping[str, Any]) -> int | Non
         return None
 
 
-def _domains(results: Node) -> dict[str, float]:
-    value = results.value.get("error_by_domain")
-    if isinstance(value, list):
-        pairs = [(str(index + 1), number(item, "error_by_domain")) for index, item in enumerate(value)]
-    else:
-        node = results.object("error_by_domain")
-        pairs = [(str(name), node.number(name)) for name in node.value]
-    return {name: error for name, error in pairs if error is not None}
+def _domains(results: Node) -> dict[str, tuple[float, float | None]]:
+    errors, source = results.object("error_by_domain"), results.object("source_error_by_domain")
+    names = [str(name) for name in results.items("domains")] or list(errors.value)
+    return {name: (error, source.number(name)) for name in names if (error := errors.number(name)) is not None}
 
 
 def _label(cells: Sequence[Cell], configs: Sequence[Mapping[str, Any]]) -> list[Cell]:

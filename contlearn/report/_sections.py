@@ -78,10 +78,11 @@ def headline(content: Content) -> Markup | None:
 
 
 def pareto(content: Content) -> Markup:
-    """The plot of accuracy over memory, with its controls."""
+    """The plot of accuracy (or error) over memory, with its controls."""
+    title = "Error over memory" if content.test_time else "Accuracy over memory"
     if not content.metrics or not content.memory:
         what = "no memory" if content.metrics else "no result"
-        return section("front", "Accuracy over memory", empty(f"There is {what} to draw yet. {_next_step(content)}"))
+        return section("front", title, empty(f"There is {what} to draw yet. {_next_step(content)}"))
     controls = element(
         "div",
         choice("memory-axis", "Memory", [(name, memory_name(name)) for name in content.memory]),
@@ -94,7 +95,7 @@ def pareto(content: Content) -> Markup:
     )
     return section(
         "front",
-        "Accuracy over memory",
+        title,
         controls,
         legend(content),
         plot("plot-front", "Every setting as a point: memory against the chosen metric, the front as a step line."),
@@ -124,8 +125,10 @@ def memory(content: Content) -> Markup:
     )
 
 
-def curves(content: Content) -> Markup:
-    """Accuracy on everything seen, after each experience."""
+def curves(content: Content) -> Markup | None:
+    """Accuracy on everything seen, after each experience; test-time runs have none."""
+    if content.test_time:
+        return None
     title = "Accuracy after each experience"
     if not any(cell.seen for group in content.groups for cell in group.cells):
         return section("curves", title, empty(f"Nothing was evaluated yet. {_next_step(content)}"))
@@ -141,8 +144,10 @@ def curves(content: Content) -> Markup:
     )
 
 
-def matrices(content: Content) -> Markup:
-    """The accuracy matrix of a group, as heat map and as table."""
+def matrices(content: Content) -> Markup | None:
+    """The accuracy matrix of a group, as heat map and as table; test-time runs have none."""
+    if content.test_time:
+        return None
     title = "Accuracy matrix"
     known = [(index, group) for index, group in enumerate(content.groups) if any(cell.matrix for cell in group.cells)]
     if not known:
@@ -185,10 +190,22 @@ def losses(content: Content) -> Markup | None:
 
 
 def domains(content: Content) -> Markup | None:
-    """Error per domain of a test-time run."""
-    if not content.domains:
+    """Error per domain of test-time runs, beside that of the source model."""
+    known = [cell for group in content.groups for cell in group.cells if cell.domains]
+    if not known:
         return None
-    return section("domains", "Error by domain", plot("plot-domains", "Bars: error on each domain, in stream order."))
+    several = any(len(group.cells) > 1 for group in content.groups)
+    sourced = any(source is not None for cell in known for _, source in cell.domains.values())
+    note = ("Mean of the seeds. " if several else "") + (
+        "Dashed: the source model on the same samples, never adapted." if sourced else ""
+    )
+    return section(
+        "domains",
+        "Error by domain",
+        legend(content),
+        plot("plot-domains", "Lines: error on each domain, in order of time, and that of the source model."),
+        element("p", note, class_="note") if note else None,
+    )
 
 
 def all_numbers(content: Content) -> Markup:
@@ -299,6 +316,7 @@ def glossary() -> Markup:
         ("final accuracy", "on all test data after the last experience"),
         ("average accuracy", "mean over the experiences of the accuracy on everything seen so far"),
         ("forgetting", "mean drop from the best accuracy on an experience to the last one; lower is better"),
+        ("mean error", "of a test-time run: mean over the domains, each counting the same; lower is better"),
         ("kB, MB, GB", "powers of ten; exact bytes are in the tables"),
     )
     rows = [part for name, meaning in entries for part in (element("dt", name), element("dd", meaning))]
@@ -450,7 +468,8 @@ def _run_numbers(content: Content) -> Markup:
         shown = tables.Value(f"{in_words(mean)} ({mean:,.0f} B)" if mean is not None else "", mean)
         rows.append(([tables.Value(f"{memory_name(name)} memory", name), shown], None))
     if group and group.seconds.mean is not None:
-        rows.append(([tables.Value("training seconds"), tables.Value(plus_minus(group.seconds, 1), None)], None))
+        what = "adapting seconds" if content.test_time else "training seconds"
+        rows.append(([tables.Value(what), tables.Value(plus_minus(group.seconds, 1), None)], None))
     if not rows:
         return section("table", "All numbers", empty(f"No result yet. {_next_step(content)}"))
     return section("table", "All numbers", tables.table("numbers", "Every number of this run", columns, rows, "slim"))

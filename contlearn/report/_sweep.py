@@ -140,8 +140,14 @@ def _cell(node: Node) -> Cell:
         memory=memory_numbers(node.object("memory")),
         matrix=matrix(node.items("accuracy_matrix"), node.at("accuracy_matrix")),
         seen=[number(value, node.at("accuracy_seen")) for value in node.items("accuracy_seen")],
-        seconds=node.object("time").number("train_s"),
+        seconds=node.object("time").number("adapt_s" if node.value.get("domains") else "train_s"),
+        domains=_domains(node.object("domains")),
     )
+
+
+def _domains(node: Node) -> dict[str, tuple[float, float | None]]:
+    pairs = {str(name): [number(item, node.at(name)) for item in node.items(name)][:2] for name in node.value}
+    return {name: (pair[0], pair[1]) for name, pair in pairs.items() if len(pair) == 2 and pair[0] is not None}
 
 
 def _group(node: Node, members: Mapping[tuple[Any, ...], list[Cell]]) -> Group:

@@ -175,7 +175,7 @@ def groups_table(content: Content) -> Markup:
     columns = [Column("setting", number=False), Column("budget"), Column("seeds")]
     columns += [Column(metric_name(name), extra=name not in MAIN_METRICS) for name in content.metrics]
     columns += [Column(memory_name(name), extra=name not in MAIN_MEMORY) for name in content.account]
-    columns.append(Column("training s"))
+    columns.append(Column("adapting s" if content.test_time else "training s"))
     if len(content.groups) > 1 and content.memory:
         note = "of the memory and the metric chosen in the first plot"
         columns.insert(1, Column("on front", number=False, note=note))
@@ -198,7 +198,7 @@ def cells_table(content: Content) -> Markup:
     memory = [name for name in content.memory if name in MAIN_MEMORY]
     columns = [Column("setting", number=False), Column("budget"), Column("seed"), Column("status", number=False)]
     columns += [Column(metric_name(name)) for name in metrics] + [Column(memory_name(name)) for name in memory]
-    columns += [Column("training s"), Column("folder", number=False)]
+    columns += [Column("adapting s" if content.test_time else "training s"), Column("folder", number=False)]
     rows = []
     for cell in content.cells[:ROWS]:
         values = [

@@ -77,7 +77,7 @@
   const drawers = [
     ["plot-front", drawFront], ["plot-memory", drawMemory], ["plot-curves", drawCurves], ["plot-matrix", drawMatrix],
     ["plot-loss", () => plots.losses(byId("plot-loss"), data.epochs)],
-    ["plot-domains", () => plots.domains(byId("plot-domains"), data.domains)],
+    ["plot-domains", () => plots.domains(byId("plot-domains"), data, hidden)],
   ].filter(([id]) => byId(id));
   // A window that is opened in the background may have no width yet; plotly cannot place its labels in that.
   let drawn = false;
@@ -104,7 +104,7 @@
       const series = Number(chip.dataset.series);
       if (hidden.has(series)) hidden.delete(series); else hidden.add(series);
       for (const twin of every(`.chip[data-series="${series}"]`)) twin.setAttribute("aria-pressed", String(!hidden.has(series)));
-      drawers.filter(([id]) => ["plot-front", "plot-memory", "plot-curves"].includes(id)).forEach(([, draw]) => draw());
+      drawers.filter(([id]) => ["plot-front", "plot-memory", "plot-curves", "plot-domains"].includes(id)).forEach(([, draw]) => draw());
     });
   }
 

@@ -437,16 +437,36 @@ const plots = (() => {
     }, t);
   }
 
-  function domains(element, errorsByDomain) {
+  function domains(element, data, hidden) {
     const t = theme();
     const narrow = isNarrow();
-    const at = errorsByDomain.map((_, index) => index);
-    draw(element, [{
-      type: "bar", x: at, y: errorsByDomain.map(([, error]) => error), marker: { color: t.series(0) }, hoverinfo: "text",
-      hovertext: errorsByDomain.map(([name, error]) => `<b>${plain(short(name, 40))}</b><br>error ${fixed(error)}`),
-    }], {
-      height: narrow ? 340 : 380, dragmode: false, bargap: 0.35,
-      xaxis: { tickmode: "array", tickvals: at, ticktext: errorsByDomain.map(([name]) => plain(short(name, 18))), ticks: "", tickangle: errorsByDomain.length > (narrow ? 3 : 8) ? -50 : 0 },
+    const { names, lines, source } = data.domains;
+    const at = names.map((_, index) => index + 1);
+    const line = (name, errors, colour, extra) => ({
+      type: "scatter", mode: "lines+markers", name: plain(name), x: at, y: errors, connectgaps: false, cliponaxis: false,
+      hoverinfo: "text", hoverlabel: { bordercolor: colour },
+      hovertext: errors.map((error, index) => `<b>${plain(short(name, 44))}</b><br>${plain(short(names[index], 40))}<br>error ${fixed(error)}`),
+      ...extra,
+    });
+    const shown = lines.map(({ group, errors }) => ({ group: data.groups[group], errors })).filter(({ group }) => !hidden.has(group.series));
+    const traces = shown.map(({ group, errors }) => {
+      const colour = t.series(group.series);
+      return line(group.label, errors, colour, {
+        line: { color: colour, width: 2, dash: DASHES[Math.floor(group.series / 8) % DASHES.length] },
+        marker: { symbol: SYMBOLS[group.series % SYMBOLS.length], color: colour, size: 9, line: { color: t.edge, width: 0.6 } },
+      });
+    });
+    if (source.length) traces.push(line("source model, not adapted", source, t.muted, {
+      line: { color: t.muted, width: 2, dash: "dash" }, mode: source.length > 1 ? "lines" : "markers", marker: { color: t.muted, size: 9 },
+    }));
+    const slanted = names.length > (narrow ? 3 : 8);
+    draw(element, traces, {
+      height: narrow ? 360 : 430,
+      xaxis: {
+        range: [1 - 0.03 * Math.max(names.length - 1, 1), names.length + 0.03 * Math.max(names.length - 1, 1)],
+        ...(names.length > 40 ? { title: { text: "domain visits" }, ...wholeTicks(names.length, narrow) }
+          : { tickmode: "array", tickvals: at, ticktext: names.map((name) => plain(short(name, 18))), ticks: "", tickangle: slanted ? -50 : 0 }),
+      },
       yaxis: { title: { text: "error" }, rangemode: "tozero" },
     }, t);
   }

@@ -156,10 +156,10 @@ def test_killed_before_the_weights_are_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from contlearn import running
+    from contlearn import session
 
     def work() -> None:
-        monkeypatch.setattr(running, "atomic_write_bytes", lambda path, data: kill())
+        monkeypatch.setattr(session, "atomic_write_bytes", lambda path, data: kill())
         train(out=tmp_path / "run", **SPEC)
 
     killed(work)

@@ -496,7 +496,8 @@ def test_a_test_time_run_shows_its_error_by_domain(run_folder: Path, tmp_path: P
     results.update(error_by_domain={"fog": 0.2, "snow": 0.31}, mean_error=0.255, source_mean_error=0.2)
     (tmp_path / "results.json").write_text(json.dumps(results | {"worse_than_source": True}))
     found = page(tmp_path)
-    assert found.data["domains"] == [["fog", 0.2], ["snow", 0.31]]
+    lines = [{"group": 0, "errors": [0.2, 0.31]}]
+    assert found.data["domains"] == {"names": ["fog", "snow"], "lines": lines, "source": []}
     assert "worse than the source model" in found.text
     assert "domains" in found.ids("section")
 
