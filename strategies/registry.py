@@ -99,7 +99,14 @@ def _plugin(name: str, where: str, description: str, paper: str, source: str, **
 def _adapter(name: str, where: str, description: str, paper: str, **more: Any) -> StrategyInfo:
     source = "ours" if paper == "-" else paper
     return StrategyInfo(
-        name, f"contlearn.strategies.{where}", "test-time", description, paper, "ours", source_of_defaults=source, **more
+        name,
+        f"contlearn.strategies.{where}",
+        "test-time",
+        description,
+        paper,
+        "ours",
+        source_of_defaults=source,
+        **more,
     )
 
 

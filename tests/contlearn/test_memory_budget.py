@@ -7,7 +7,8 @@ import pytest
 from contlearn import config, run, strategies
 from contlearn.errors import ContlearnError
 
-FITTED = [name for name in strategies.list(kind=("class-incremental", "plug-in")) if name not in ("joint", "cumulative")]
+SUPERVISED = strategies.list(kind=("class-incremental", "plug-in"))
+FITTED = [name for name in SUPERVISED if name not in ("joint", "cumulative")]
 
 
 def resolved(name: str, budget: int | str, **strategy: object) -> dict[str, object]:

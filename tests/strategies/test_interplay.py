@@ -21,6 +21,8 @@ from contlearn.strategies.lwf import LwFPlugin
 from contlearn.strategies.replay import ReplayPlugin
 from contlearn.strategies.si import SIPlugin
 
+SUPERVISED = strategies.list(kind=("class-incremental", "plug-in"))
+
 AVALANCHES = {
     "Naive": {},
     "LwF": {"alpha": 1.0, "temperature": 2.0},
@@ -159,7 +161,7 @@ def test_our_memories_prevent_forgetting_in_avalanches_naive(plain, benchmark, s
     assert scores[1] > scores[0] + 0.3
 
 
-@pytest.mark.parametrize("name", [name for name in strategies.list(kind=("class-incremental", "plug-in")) if name != "joint"])
+@pytest.mark.parametrize("name", [name for name in SUPERVISED if name != "joint"])
 def test_our_strategies_train_on_avalanches_benchmark(plain, benchmark, small, normed, watch, name) -> None:
     weak = {"l2": {"coefficient": 1e-3}, "feat_kd": {"mu": 0.1}}  # both pull towards the initial, random network
     model = normed(plain) if name == "adab2n" else small(plain, hidden=16)

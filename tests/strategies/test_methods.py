@@ -11,6 +11,8 @@ import torch
 from contlearn import scenarios, strategies
 from contlearn.errors import ContlearnError
 
+SUPERVISED = strategies.list(kind=("class-incremental", "plug-in"))
+
 SOON = {"lr": 0.1, "epochs": 2, "batch_size": 5}
 
 
@@ -70,7 +72,7 @@ def test_joint_trains_on_the_pieces_of_an_online_stream(made_up, small, seen, bo
 
 
 @pytest.mark.parametrize("boundaries", [False, True])
-@pytest.mark.parametrize("name", [name for name in strategies.list(kind=("class-incremental", "plug-in")) if name != "joint"])
+@pytest.mark.parametrize("name", [name for name in SUPERVISED if name != "joint"])
 def test_every_strategy_trains_on_an_online_stream(made_up, small, name, boundaries) -> None:
     stream = scenarios.online(made_up(), n_experiences=2, experience_size=9, access_task_boundaries=boundaries)
     strategy = strategies.create(name, small(stream), lr=0.1, batch_size=4)
@@ -80,7 +82,7 @@ def test_every_strategy_trains_on_an_online_stream(made_up, small, name, boundar
     assert all(parameter.isfinite().all() for parameter in strategy.model.parameters())
 
 
-@pytest.mark.parametrize("name", strategies.list(kind=("class-incremental", "plug-in")))
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_every_strategy_trains_with_task_ids(made_up, small, watch, name) -> None:
     stream = scenarios.task_incremental(made_up(), n_experiences=3)
     hits: list[bool] = []
@@ -113,7 +115,7 @@ def test_a_budget_in_bytes_decides_how_many_exemplars_are_kept(stream, small, na
 
 
 def test_a_run_repeats_itself_for_the_same_seeds(stream, small) -> None:
-    for name in strategies.list(kind=("class-incremental", "plug-in")):
+    for name in SUPERVISED:
         ends = []
         for _ in range(2):
             torch.manual_seed(1)

@@ -140,7 +140,7 @@ def test_projection_sees_through_balanced_batchnorm(stream, normed) -> None:
     strategy = strategies.create("naive", normed(stream), epochs=2, batch_size=8, lr=0.2, plugins=plugins)
     run(strategy, stream, quiet=True)
     nap = strategy.plugins[1]
-    assert [name for name in nap.projected] == ["backbone.1.weight", "backbone.4.weight"]
+    assert list(nap.projected) == ["backbone.1.weight", "backbone.4.weight"]
     images = torch.rand(5, 1, 4, 4)
     strategy.model.eval()
     before = strategy.model(images)

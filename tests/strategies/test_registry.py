@@ -14,8 +14,8 @@ from torch import nn
 
 from contlearn import config, strategies
 from contlearn.errors import ContlearnError
-from contlearn.strategies.registry import STRATEGIES, StrategyInfo
 from contlearn.strategies.adapter import Adapter
+from contlearn.strategies.registry import STRATEGIES, StrategyInfo
 from contlearn.strategies.template import SupervisedTemplate
 
 LOOP = {
@@ -205,7 +205,7 @@ def test_an_unknown_strategy_gets_the_nearest(stream, small) -> None:
 
 
 def test_the_list_can_be_narrowed() -> None:
-    assert SUPERVISED == list(OWN) and strategies.list() == [*OWN, *ADAPTERS] == list(STRATEGIES)
+    assert list(OWN) == SUPERVISED and strategies.list() == [*OWN, *ADAPTERS] == list(STRATEGIES)
     assert strategies.list(kind="test-time") == list(ADAPTERS)
     assert strategies.list("der*") == ["der", "derpp"]
     plugins = strategies.list(kind="plug-in")
