@@ -26,6 +26,7 @@ import common
 
 common.use_threads(1)
 
+IMAGES = Path(__file__).parents[1] / "docs" / "methods" / "img"
 PARTS = ("memory", "table", "rounds", "batches")
 WARMUP: dict[str, Any] = {"warmup_epochs": 3, "warmup_augment": False}
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -131,6 +132,7 @@ def main() -> int:
     if cells.get("batches"):
         content["batches"] = [{k: v for k, v in c.items() if k != "error_by_domain"} for c in cells["batches"]]
     where = common.write("tta", content, arguments.out)
+    draw(content, where.parent if arguments.out else IMAGES)
     show(content)
     print(f"written to {where}")
     return 0
@@ -170,6 +172,41 @@ def rounds_of(cells: list[Any]) -> dict[str, Any]:
         run_ = {"seed": cell["seed"], "error_by_round": curve, "source": cell["source_mean_error"]}
         found.setdefault(cell["adapter"], []).append({**run_, "trips": len(cell["trips"])})
     return found
+
+
+def draw(content: dict[str, Any], folder: Path) -> None:
+    """Error by round, and error by batch size for both orders of samples."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if "rounds" in content:
+        figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for index, (name, runs) in enumerate(content["rounds"].items()):
+            curves = [run_["error_by_round"] for run_ in runs]
+            sums = [common.mean_sd(values) for values in zip(*curves, strict=True)]
+            rounds = range(1, len(sums) + 1)
+            axes.plot(rounds, [mean for mean, _ in sums], label=name, color=f"C{index}")
+            low, high = ([mean + sign * sd for mean, sd in sums] for sign in (-1, 1))
+            axes.fill_between(rounds, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+        axes.set(xlabel="round over the 15 corruptions", ylabel="mean error", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        figure.savefig(folder / "tta_rounds.png", dpi=130)
+    if "batches" in content:
+        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        orders = ("iid", "dirichlet")
+        for axes, order in zip(figure.subplots(1, 2, sharey=True), orders, strict=True):
+            cells = [cell for cell in content["batches"] if cell["options"]["order"] == order]
+            for index, name in enumerate(dict.fromkeys(cell["adapter"] for cell in cells)):
+                mine = sorted((c["options"]["batch_size"], c["mean_error"]) for c in cells if c["adapter"] == name)
+                axes.plot([size for size, _ in mine], [e for _, e in mine], "o-", label=name, color=f"C{index}")
+            axes.set(title=order, xlabel="batch size", xscale="log", xticks=SIZES, xticklabels=SIZES, ylim=(0, 1))
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+        figure.axes[0].set_ylabel("mean error")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        figure.savefig(folder / "tta_batches.png", dpi=130)
 
 
 def show(content: dict[str, Any]) -> None:
