@@ -63,7 +63,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["list", "scenarios", "onlin"], ["unknown scenario 'onlin'", "did you mean 'online'?"]),
         (["list", "models", "mlpp"], ["unknown model 'mlpp'", "did you mean 'mlp'?"]),
         (["list", "datasets", "digit"], ["unknown data set 'digit'", "did you mean 'digits'?"]),
-        (["list", "strategies", "z*"], ["'z*'", "expected one of: agem"]),
+        (["list", "strategies", "z*"], ["'z*'", "expected one of: adab2n"]),
         (["list", "strategies", "ewc", "lwf"], ["list: unrecognized arguments: lwf"]),
         (["doctor", "--fast"], ["doctor", "'--fast'"]),
         (["run", "god.yaml"], ["config 'god.yaml': no such file", "did you mean 'good.yaml'?"]),
@@ -84,7 +84,7 @@ def test_commands(arguments: list[str], said: list[str], refused: Refused) -> No
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["--strategy.name=evc"], ["unknown strategy 'evc'", "did you mean 'ewc'?", "expected one of: agem, "]),
+        (["--strategy.name=evc"], ["unknown strategy 'evc'", "did you mean 'ewc'?", "expected one of: adab2n, "]),
         (["--strategy.name", "evc"], ["unknown strategy 'evc'", "did you mean 'ewc'?"]),
         (["--scenario.name=class_incrementl"], ["unknown scenario", "did you mean 'class_incremental'?"]),
         (["--model.name=mpl"], ["unknown model 'mpl'", "did you mean 'mlp'?"]),
@@ -96,7 +96,7 @@ def test_commands(arguments: list[str], said: list[str], refused: Refused) -> No
         (["--strategi.lr=0.1"], ["unknown key 'strategi.lr'", "did you mean 'strategy.lr'?"]),
         (["--strategy.plugins=ewc"], ["strategy.plugins: expected a list of names or mappings with a name"]),
         (["--strategy.plugins=[ewcc]"], ["unknown plug-in 'ewcc'; did you mean 'ewc'?"]),
-        (["--strategy.plugins=[gdumb]"], ["unknown plug-in 'gdumb'", "expected one of: agem"]),
+        (["--strategy.plugins=[gdumb]"], ["unknown plug-in 'gdumb'", "expected one of: adab2n"]),
         (["--strategy.plugins=[{ewc: 1}]"], ["strategy.plugins[0]: expected a name, or a mapping with one"]),
         (["--strategy.plugins=[si, {name: lwf, temperature: x}]"], ["strategy.plugins[1].temperature: expected a num"]),
         (["--strategy.plugins=[{name: ewc, lambda: 1}]"], ["strategy.plugins[0] 'ewc': unknown key 'lambda'"]),

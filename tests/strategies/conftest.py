@@ -71,6 +71,19 @@ def small() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
+def fitting(small: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``fitting(name, stream, ...)``: the small network, with a BatchNorm for a strategy that replaces it."""
+
+    def make(name: str, stream: Scenario, **options: Any) -> nn.Module:
+        model = small(stream, **options)
+        if name == "adab2n":
+            model.backbone = nn.Sequential(model.backbone, nn.BatchNorm1d(model.feature_dim))
+        return model
+
+    return make
+
+
+@pytest.fixture
 def normed() -> Callable[..., nn.Module]:
     """``normed(stream)``: a network of two hidden layers with BatchNorm in front of the ReLUs."""
 

@@ -73,9 +73,9 @@ def test_joint_trains_on_the_pieces_of_an_online_stream(made_up, small, seen, bo
 
 @pytest.mark.parametrize("boundaries", [False, True])
 @pytest.mark.parametrize("name", [name for name in SUPERVISED if name != "joint"])
-def test_every_strategy_trains_on_an_online_stream(made_up, small, name, boundaries) -> None:
+def test_every_strategy_trains_on_an_online_stream(made_up, fitting, name, boundaries) -> None:
     stream = scenarios.online(made_up(), n_experiences=2, experience_size=9, access_task_boundaries=boundaries)
-    strategy = strategies.create(name, small(stream), lr=0.1, batch_size=4)
+    strategy = strategies.create(name, fitting(name, stream), lr=0.1, batch_size=4)
     strategy.train(stream.train_stream, eval_streams=[])
     strategy.eval(stream.test_stream)
     assert strategy.model.head.out_features == 6
@@ -83,11 +83,12 @@ def test_every_strategy_trains_on_an_online_stream(made_up, small, name, boundar
 
 
 @pytest.mark.parametrize("name", SUPERVISED)
-def test_every_strategy_trains_with_task_ids(made_up, small, watch, name) -> None:
+def test_every_strategy_trains_with_task_ids(made_up, fitting, watch, name) -> None:
     stream = scenarios.task_incremental(made_up(), n_experiences=3)
     hits: list[bool] = []
     plugin = watch(after_eval_iteration=lambda s: hits.extend((s.mb_output.argmax(1) == s.mb_y).tolist()))
-    strategy = strategies.create(name, small(stream, hidden=16), lr=0.3, epochs=8, batch_size=4, plugins=[plugin])
+    model = fitting(name, stream, hidden=16)
+    strategy = strategies.create(name, model, lr=0.3, epochs=8, batch_size=4, plugins=[plugin])
     strategy.train(stream.train_stream, eval_streams=[])
     strategy.eval(stream.test_stream[2])
     assert sum(hits) / len(hits) > 0.6  # chance among the two classes of the task: one half
@@ -114,13 +115,13 @@ def test_a_budget_in_bytes_decides_how_many_exemplars_are_kept(stream, small, na
         poor.train(stream.train_stream, eval_streams=[])
 
 
-def test_a_run_repeats_itself_for_the_same_seeds(stream, small) -> None:
+def test_a_run_repeats_itself_for_the_same_seeds(stream, fitting) -> None:
     for name in SUPERVISED:
         ends = []
         for _ in range(2):
             torch.manual_seed(1)
             random.seed(1)  # A-GEM's choice of exemplars, as in Avalanche
-            strategy = strategies.create(name, small(stream, dropout=0.5), **SOON)
+            strategy = strategies.create(name, fitting(name, stream, dropout=0.5), **SOON)
             strategy.generator.manual_seed(2)
             strategy.train(stream.train_stream, eval_streams=[])
             ends.append(strategy.model.state_dict())
