@@ -1,13 +1,15 @@
 """Rehearsal-free regularisation, from scratch and from pre-trained weights (Smith et al., arXiv 2203.17269).
 
     python benchmarks/rehearsal_free.py [--parts digits mnist5k pretrained] [--seeds 5] [--jobs 2] [--quick]
+    python benchmarks/rehearsal_free.py --references     # fine-tuning, replay and joint alone, into the file there is
 
 Class-incremental, 5 experiences of 2 classes in a random order per seed, growing head, no task id at test time; SGD
-with momentum 0.9, optimizer reset in each experience, one learning rate for all methods of a part.
+with momentum 0.9, optimizer reset in each experience.
 Regularised methods use the binary cross-entropy over all classes seen, times 5, and keep the network in evaluation mode
 inside the update, as in the authors' code; fine-tuning, replay and joint training use softmax cross-entropy in training
 mode. Rates and coefficients come from a small grid on a seed of its own and on the first 3 experiences only: first the
-rate, with PredKD alone; then 3 values of the coefficient of every method that has one.
+rate, with PredKD alone (all regularised methods share it); then 3 values of the coefficient of every method that has
+one. Fine-tuning, replay and joint training choose their own rate, each from 4.
 
 The paper's finding that is looked for: from scratch no penalty improves on PredKD alone; from pre-trained weights
 PredKD+L2 is the best.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import time
 import warnings
@@ -24,6 +27,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import common
@@ -42,7 +46,7 @@ class Part:
         test_per_class: likewise for evaluation.
         epochs: per experience, and ``batch``: samples per iteration.
         seeds: at most this many.
-        rates: learning rates of the grid.
+        rates: learning rates of the grid of regularised methods, and ``reference_rates``: of the others.
         coefficients: values of the grid by option.
         pretrained: whether the paper's pre-trained ordering is the one to look for.
         extra: whether rows with BatchNorm in training mode are added.
@@ -52,6 +56,7 @@ class Part:
     model: dict[str, Any]
     epochs: int
     rates: tuple[float, ...]
+    reference_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
     size: int | None = None
     batch: int = 32
     per_class: int | None = None
@@ -74,7 +79,8 @@ PARTS = {
     ),
     "pretrained": Part(
         "mnist5k", {"name": "efficientnet_lite0", "weights": "imagenet"}, epochs=2, rates=(0.0001, 0.0003, 0.001),
-        size=96, per_class=50, test_per_class=30, batch=10, seeds=3, pretrained=True,
+        reference_rates=(0.001, 0.003, 0.01, 0.03), size=96, per_class=50, test_per_class=30, batch=10, seeds=3,
+        pretrained=True,
     ),
 }  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {  # options of RehearsalFree; an empty coefficient is filled in from the grid
@@ -223,13 +229,38 @@ def choose(runner: Runner, name: str, quick: bool) -> tuple[float, dict[str, dic
     return rate, chosen, grid
 
 
+def choose_references(runner: Runner, name: str, quick: bool) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Learning rate of fine-tuning, replay and joint training, each by itself, and the grid."""
+    part = PARTS[name]
+    jobs = {
+        (row, rate): Job(
+            part=name, row=row, strategy=strategy, options=options, rate=rate, seed=GRID_SEED, grid=True, quick=quick
+        )
+        for row, (strategy, options) in REFERENCES.items()
+        for rate in part.reference_rates
+    }
+    found = _paired(runner.run(f"{name}: rates of references", jobs.values()), jobs)
+    score = {(job.row, job.rate): figures["final_accuracy"] for job, figures in found}
+    rates = {row: max(part.reference_rates, key=lambda rate: score[row, rate]) for row in REFERENCES}
+    return rates, [{"row": row, "rate": rate, "final_accuracy": value} for (row, rate), value in score.items()]
+
+
+def references(name: str, rates: dict[str, float], seeds: int, quick: bool) -> list[Job]:
+    """The jobs of a part that regularise nothing."""
+    return [
+        Job(part=name, row=row, strategy=strategy, options=options, rate=rates[row], seed=seed, quick=quick)
+        for seed in range(min(seeds, PARTS[name].seeds))
+        for row, (strategy, options) in REFERENCES.items()
+    ]
+
+
 def _paired(results: list[tuple[Job, dict[str, Any]]], jobs: dict[Any, Job]) -> list[tuple[Job, dict[str, Any]]]:
     """Results beside the very jobs that were asked for; what comes from a worker is a copy."""
     return [(job, figures) for job, (_, figures) in zip(jobs.values(), results, strict=True)]
 
 
 def cells(name: str, rate: float, chosen: dict[str, dict[str, float]], seeds: int, quick: bool) -> list[Job]:
-    """Every job of a part, the long ones first."""
+    """Every job of a part that regularises."""
     part = PARTS[name]
     base = {"part": name, "rate": rate, "quick": quick}
     jobs = []
@@ -241,11 +272,7 @@ def cells(name: str, rate: float, chosen: dict[str, dict[str, float]], seeds: in
         for row, (like, more) in (EXTRA if part.extra else {}).items():
             options = {**ROWS[like], **chosen[like], **more}
             jobs.append(Job(row=row, strategy="rehearsal_free", options=options, seed=seed, **base))
-        jobs += [
-            Job(row=row, strategy=strategy, options=options, seed=seed, **base)
-            for row, (strategy, options) in REFERENCES.items()
-        ]
-    return sorted(jobs, key=lambda job: job.strategy not in ("joint", "replay"))
+    return jobs
 
 
 def summed(results: list[tuple[Job, dict[str, Any]]]) -> dict[str, Any]:
@@ -298,6 +325,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="at most; the pre-trained part has 3")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="30 images per class and one epoch: only to see it run")
+    parser.add_argument("--references", action="store_true", help="only these rows, into the file that is there")
     parser.add_argument("--out", help="JSON file (default: benchmarks/results/rehearsal_free.json)")
     arguments = parser.parse_args()
     from rich.console import Console
@@ -313,7 +341,18 @@ def main() -> int:
         Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress,
     ):
         runner = Runner(pool, progress)
+        if arguments.references:
+            path = Path(arguments.out) if arguments.out else common.RESULTS / "rehearsal_free.json"
+            content["parts"] = json.loads(path.read_text(encoding="utf-8"))["parts"]
         for name in arguments.parts:
+            reference_rates, reference_grid = choose_references(runner, name, arguments.quick)
+            jobs = references(name, reference_rates, arguments.seeds, arguments.quick)
+            compared = summed(runner.run(f"{name}: references", jobs))
+            chosen_references = {"reference_rates": reference_rates, "reference_grid": reference_grid}
+            if arguments.references:
+                content["parts"][name]["rows"].update(compared)
+                content["parts"][name].update(chosen_references)
+                continue
             rate, chosen, grid = choose(runner, name, arguments.quick)
             jobs = cells(name, rate, chosen, arguments.seeds, arguments.quick)
             rows = summed(runner.run(f"{name}: cells", jobs))
@@ -324,7 +363,7 @@ def main() -> int:
                 "images_per_class": part.per_class, "test_images_per_class": part.test_per_class,
                 "reduced": part.per_class is not None, "seeds": min(arguments.seeds, part.seeds), "lr": rate,
                 "grid_seed": GRID_SEED, "grid_experiences": GRID_EXPERIENCES, "grid": grid, "chosen": chosen,
-                "rows": rows, "ordering": ordering(rows, part.pretrained),
+                "rows": {**rows, **compared}, **chosen_references, "ordering": ordering(rows, part.pretrained),
             }  # fmt: skip
     content["wall_s"] = time.perf_counter() - started
     for name, found in content["parts"].items():
@@ -347,8 +386,9 @@ def table(name: str, found: dict[str, Any]) -> Any:
         state, seconds = record["method_state"]["mean"], record["train_s"]["mean"]
         shown.add_row(row, *figures, f"{state:,.0f}", f"{seconds:.1f}")
     seen = found["ordering"]
+    others = ", ".join(map(str, found["reference_rates"].values()))
     shown.caption = (
-        f"lr {found['lr']}; published best {seen['published_best']}, here {seen['best_here']}"
+        f"lr {found['lr']} (references {others}); published best {seen['published_best']}, here {seen['best_here']}"
         f" ({'seen' if seen['published_best_is_best'] else 'NOT seen'})"
     )
     return shown

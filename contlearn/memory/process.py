@@ -169,12 +169,14 @@ def _child(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapt(adapter: Any, stream: Any, account: AdapterAccount, steps: int) -> None:
-    """The first batches of a stream, on weights that were not trained: what adapting takes does not depend on them."""
+    """The first batches of a stream, on weights that were not trained: what a step takes does not depend on them."""
     import itertools
 
     from contlearn.strategies.loader import BatchLoader, BatchSource
 
     adapter.needs_source_data = False
+    if hasattr(adapter, "margin"):
+        adapter.margin = 2.0  # an untrained network is certain of nothing: without this no sample would pass the filter
     adapter.start()
     source = BatchSource(stream.test_stream[0].dataset.eval(), adapter.device)
     for x, *_ in itertools.islice(BatchLoader(source, batch_size=adapter.batch_size), steps):

@@ -199,3 +199,18 @@ def test_a_system_without_these_files_is_named(tmp_path: Path, monkeypatch: pyte
         resident_bytes()
     with pytest.raises(ContlearnError, match=r"^memory: cannot reset the high-water mark through .*too"):
         reset_high_water_mark()
+
+
+def test_a_filter_on_entropy_does_not_hide_what_a_step_takes() -> None:
+    peaks = {}
+    for name in ("tent", "eata"):  # of which the second only uses samples that the network is certain of
+        resolved = config.resolve(
+            {
+                "scenario": {"name": "corruptions", "dataset": "digits", "corruptions": ["fog"], "samples": 64},
+                "model": {"name": "resnet14"},
+                "strategy": {"name": name, "batch_size": 32, "device": "cpu"},
+                "threads": 1,
+            }
+        )
+        peaks[name] = process.measure(resolved, steps=2)["peak_static"]
+    assert peaks["eata"] > 0.9 * peaks["tent"]
