@@ -107,6 +107,11 @@ class _Anchored(SupervisedPlugin):
         """Weight of each squared distance by name; ``None`` where all are 1."""
         return None
 
+    def prepare_model(self, model: nn.Module) -> None:
+        """Refuse a pattern that matches nothing before a run writes anything; the model stays as it is."""
+        for _ in encoder_parameters(model, self.parameters):
+            break
+
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the penalty."""
         weights = self._weights()

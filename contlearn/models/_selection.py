@@ -40,7 +40,7 @@ def select_trainable(backbone: nn.Module, wanted: Sequence[str], *, model: str) 
             patterns = PRESETS.get(entry, (entry,))
             found = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
         if not found:
-            close = nearest(entry, [*PRESETS, *names])
+            close = nearest(entry, [name for name in (*PRESETS, *names) if name != entry])
             hint = f"; did you mean {close!r}?" if close else ""
             raise ContlearnError(
                 f"trainable: {entry!r} matches no parameter of model {model!r}{hint} (expected patterns over its "

@@ -69,7 +69,7 @@ def test_the_spec_keeps_the_choice_and_the_weights_are_the_same() -> None:
     ("wanted", "said"),
     [
         (["qvk"], "trainable: 'qvk' matches no parameter of model 'resnet20'; did you mean 'qkv'"),
-        (["qkv"], "trainable: 'qkv' matches no parameter"),
+        (["qkv"], "trainable: 'qkv' matches no parameter of model 'resnet20' (expected"),
         (["stage1.*", "stage9.*"], "'stage9.*' matches no parameter"),
         ("norms", "trainable: expected a list of patterns, got 'norms'"),
     ],

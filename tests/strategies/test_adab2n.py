@@ -17,6 +17,7 @@ import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.training.supervised import Naive
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 
@@ -92,8 +93,7 @@ def test_a_layer_that_sits_in_two_places_stays_one_layer() -> None:
 
 
 def test_timms_norm_with_activation_keeps_the_activation() -> None:
-    timm_layers = pytest.importorskip("timm.layers")
-    norm = timm_layers.BatchNormAct2d(3, act_layer=nn.ReLU6, eps=1e-3)
+    norm = BatchNormAct2d(3, act_layer=nn.ReLU6, eps=1e-3)
     with torch.no_grad():
         norm.weight.uniform_(1, 20)
     layer, x = from_batchnorm(norm, kappa=1.0), torch.randn(5, 3, 4, 4)

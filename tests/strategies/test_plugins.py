@@ -113,6 +113,7 @@ def test_the_targets_of_a_pass_are_the_batchs_labels(stream, small, watch) -> No
         (["gdumb"], "unknown plug-in 'gdumb'"),
         ([{"ewc_lambda": 1.0}], "plugins: expected a name, or a mapping with one"),
         ([{"name": "ewc", "lambda": 1.0}], "plug-in 'ewc' has no option 'lambda'"),
+        ([{"name": "l2", "parameters": ["zz.*"]}], "parameters: 'zz.*' matches no parameter of the encoder"),
         (["si", {"name": "si"}], "plugins: SIPlugin is given twice"),
         ("ewc", "plugins: expected a list of plug-ins, got 'ewc'"),
     ],
