@@ -21,7 +21,7 @@ from contlearn.errors import ContlearnError, Interrupted
 from contlearn.memory.account import AdapterAccount, snapshot
 from contlearn.memory.process import release_freed, reset_high_water_mark, resident_bytes
 from contlearn.session import Result, Session
-from contlearn.source_model import SourceTraining
+from contlearn.source_model import SourceTraining, weights_file
 from contlearn.state import Samples, Unstorable, seed_everything
 from contlearn.strategies.loader import BatchLoader, BatchSource, column
 
@@ -67,6 +67,8 @@ def run(
             f"strategy {adapter.spec['name']!r}: test-time adapters are told no task; expected a stream without task "
             f"labels, got {stream.kind!r}"
         )
+    if adapter.source is not None:
+        weights_file(adapter.source)  # before anything is written
     session = _Adapting(adapter, stream, config, Path(out) if out is not None else None, int(seed), quiet)
     session.checkpoint_every = checkpoint_every
     session.resident_before = resident_before

@@ -332,6 +332,27 @@ class _Watcher(SupervisedPlugin):
 # ---------------------------------------------------------------------- files
 
 
+def weights_file(source: str | Path) -> Path:
+    """The file of weights behind ``source``, a run folder or the file itself.
+
+    Raises:
+        ContlearnError: there is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            raise ContlearnError(
+                f"source {str(source)!r}: the folder has no {WEIGHTS}; expected that of a finished run, or a file of "
+                "weights"
+            )
+        return path / WEIGHTS
+    if not path.exists():
+        raise ContlearnError(
+            f"source {str(source)!r}: no such file or folder; expected a run folder or a file of weights"
+        )
+    return path
+
+
 def load_classifier(model: nn.Module, source: str) -> None:
     """Fill a whole classifier, head included, from a run folder or a file of tensors.
 
@@ -345,16 +366,8 @@ def load_classifier(model: nn.Module, source: str) -> None:
     Raises:
         ContlearnError: nothing there, damaged, or weights that do not fit.
     """
-    path = Path(source).expanduser()
     name = str(getattr(model, "spec", {}).get("name", type(model).__name__))
-    if path.is_dir():
-        if not (path / WEIGHTS).is_file():
-            raise ContlearnError(
-                f"source {source!r}: the folder has no {WEIGHTS}; expected that of a finished run, or a file of weights"
-            )
-        path = path / WEIGHTS
-    elif not path.exists():
-        raise ContlearnError(f"source {source!r}: no such file or folder; expected a run folder or a file of weights")
+    path = weights_file(source)
     tensors = _named_as_ours(model, read_tensors(path, model=name))
     head: Any = getattr(model, "head", None)
     rows = tensors.get("head.weight")
