@@ -3,11 +3,12 @@
     python benchmarks/tta.py [--parts table memory rounds batches] [--seeds 3] [--jobs 2] [--out FILE]
 
 `table`: WRN-16-2 trained on clean images (4,000, 16x16 pixels, 5 epochs, seeded, cached), then the 15 corruptions at
-severity 5 one after another without a reset, 256 test images each in batches of 64; EcoTTA's meta parts are warmed up
-for 3 epochs. CoTTA averages 4 augmented copies instead of 32. All else are the adapters' defaults.
+severity 5 one after another without a reset, all 1,000 test images each in batches of 64; EcoTTA's meta parts are warmed
+up for 3 epochs. CoTTA averages 4 augmented copies instead of 32. All else are the adapters' defaults.
 `memory`: WRN-40-2 at 32x32, batch 64, first batches only, median of three fresh processes: measured and static peak.
 `rounds`: the 15 corruptions ten times over, 128 images each. `batches`: batch sizes 1, 4, 16, 64 with samples in random
-order, and with classes correlated in time (Dirichlet 0.1), 32 images per corruption, one seed.
+order, and with classes correlated in time (Dirichlet 0.1), 64 images per corruption, one seed, guards that look at
+windows of 128 samples instead of 512.
 Errors are means over domain visits. A part that is not run keeps its figures in the JSON file.
 """
 
@@ -45,7 +46,9 @@ SOURCE = {"source_epochs": 5, "source_lr": 0.05}
 SIZES = (1, 4, 16, 64)
 
 
-def configuration(adapter: str, seed: int, *, model: str = "wrn16_2", batch_size: int = 64, **stream: Any) -> Any:
+def configuration(
+    adapter: str, seed: int, *, model: str = "wrn16_2", batch_size: int = 64, guard_window: int = 512, **stream: Any
+) -> Any:
     """One cell as a run's configuration."""
     from contlearn import config
 
@@ -53,7 +56,13 @@ def configuration(adapter: str, seed: int, *, model: str = "wrn16_2", batch_size
         {
             "scenario": {**STREAM, "seed": seed, **stream},
             "model": {"name": model, "head": "fixed"},
-            "strategy": {**ADAPTERS[adapter], "batch_size": batch_size, "device": "cpu", **SOURCE},
+            "strategy": {
+                **ADAPTERS[adapter],
+                "batch_size": batch_size,
+                "guard_window": guard_window,
+                "device": "cpu",
+                **SOURCE,
+            },
             "seed": seed,
             "threads": 1,
         }
@@ -88,13 +97,13 @@ def jobs_of(parts: list[str], seeds: int) -> list[tuple[str, str, int, dict[str,
     jobs: list[tuple[str, str, int, dict[str, Any]]] = []
     for seed in range(seeds):
         if "table" in parts:
-            jobs += [("table", adapter, seed, {**small, "samples": 256}) for adapter in ADAPTERS]
+            jobs += [("table", adapter, seed, {**small, "samples": 1000}) for adapter in ADAPTERS]
         if "rounds" in parts:
             recurring = {**small, "samples": 128, "schedule": "recurring", "rounds": 10}
             jobs += [("rounds", adapter, seed, recurring) for adapter in ("TENT", "EcoTTA K=4")]
     if "batches" in parts:
         jobs += [
-            ("batches", adapter, 0, {**small, "samples": 32, "order": order, "batch_size": size})
+            ("batches", adapter, 0, {**small, "samples": 64, "order": order, "batch_size": size, "guard_window": 128})
             for size in SIZES
             for order in ("iid", "dirichlet")
             for adapter in ADAPTERS

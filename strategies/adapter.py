@@ -49,7 +49,7 @@ class Adapter:
         guard_every: batches between two copies of a good state.
         guard_window: latest predictions that are looked at for collapse, in samples.
         collapse_share: share of one class among them from which collapse is suspected; it counts as collapse when the
-            model as it was at the start gives that class to less than half as many of another window of samples.
+            source model gives that class to less than half as many of another window of samples.
         max_drift: largest L2 distance of the adapted parameters from their start, relative to the start's L2 norm;
             0 for none.
         device: ``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``.
@@ -60,8 +60,10 @@ class Adapter:
         batches: batches seen since the last reset.
         last_loss: loss of the last step of the latest batch, ``nan`` where none was taken.
         stepped: optimizer steps taken for the latest batch.
+        gave_up: the guard found that even the start answers with one class where the source model does not (batches too
+            small for their statistics); until :meth:`reset` the source model answers and nothing adapts.
         trips: what the guard found: ``batch`` (counted from the last reset), ``reason``, ``figure``, and with
-            ``restore`` what was put back (``restored``: ``snapshot`` or ``start``).
+            ``restore`` what was put back (``restored``: ``snapshot``, ``start`` or ``source``).
 
     Raises:
         ContlearnError: a value out of range, or an unknown optimizer or device.
@@ -69,6 +71,8 @@ class Adapter:
 
     adapts = True
     """Marks an adapter for the run."""
+    watched_for_collapse = True
+    """Whether its answers can become worse than the source model's."""
     needs_source_data = False
     """Whether :meth:`prepare_with` has to see source data before :meth:`start`."""
     checkpoint_exclude: tuple[str, ...] = ()
@@ -120,6 +124,7 @@ class Adapter:
         )
         self.trips: list[dict[str, Any]] = []
         self.started = False
+        self.gave_up = False
         self.batches = 0
         self.last_loss = float("nan")
         self.stepped = 0
@@ -183,6 +188,7 @@ class Adapter:
         self.trips = []
         self.batches = self.stepped = 0
         self.last_loss = float("nan")
+        self.gave_up = False
         self.started = True
         return self
 
@@ -221,6 +227,8 @@ class Adapter:
             raise ContlearnError("adapter: expected finite inputs, got NaN or infinity")
         self.batches += 1
         self.stepped, self.last_loss = 0, float("nan")
+        if self.gave_up:
+            return self.source_logits(x)
         with torch.enable_grad():
             logits = self.adapt(x).detach()
         return self.guard.look(self, x, logits)
@@ -240,6 +248,7 @@ class Adapter:
         self.guard.begin()
         self.batches = self.stepped = 0
         self.last_loss = float("nan")
+        self.gave_up = False
 
     @torch.no_grad()
     def start_logits(self, x: Tensor) -> Tensor:
@@ -249,6 +258,18 @@ class Adapter:
         weights = {name: held if name in parameters else held.clone() for name, held in self._initial.items()}
         logits: Tensor = functional_call(self.model, weights, (x,))
         return logits
+
+    @torch.no_grad()
+    def source_logits(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of the source model: the weights of :meth:`start` and its own statistics."""
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            return self.start_logits(x)
+        finally:
+            for module in training:
+                module.training = True
 
     def moving(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that changes from batch to batch: of the model, the optimizer and the method, by name."""

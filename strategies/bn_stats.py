@@ -70,6 +70,14 @@ class BNStats(Adapter):
         finally:
             self.mixture.keep = False
 
+    def source_logits(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` with the source's statistics."""
+        self.mixture.lends = False
+        try:
+            return super().source_logits(x)
+        finally:
+            self.mixture.lends = True
+
     def predict(self, x: Tensor) -> Tensor:
         """Logits ``(batch, classes)``; the carried statistics do not move."""
         with torch.no_grad():
@@ -85,6 +93,7 @@ class Mixture:
 
     Attributes:
         keep: whether the layer keeps them.
+        lends: whether it does anything.
     """
 
     # What is lent comes back before a forward pass ends.
@@ -92,13 +101,13 @@ class Mixture:
 
     def __init__(self, prior: float) -> None:
         self.prior = prior
-        self.keep = False
+        self.keep, self.lends = False, True
         self._own: tuple[Tensor, Tensor] | None = None
 
     def before(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
         """Forward pre-hook: mix."""
         x = inputs[0]
-        if not self.prior and values_per_channel(x) < 2:
+        if not self.lends or (not self.prior and values_per_channel(x) < 2):
             return
         dims = [dim for dim in range(x.ndim) if dim != 1]
         variance, mean = torch.var_mean(x.detach(), dims, correction=0)

@@ -291,6 +291,17 @@ class EcoTTA(Adapter):
             logits: Tensor = self.network(x)
         return logits
 
+    @torch.no_grad()
+    def source_logits(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of the frozen network alone, with its own statistics."""
+        network = self.network
+        kept, network.batch_statistics = network.batch_statistics, False
+        try:
+            logits: Tensor = network.head(network.source_features(x))
+        finally:
+            network.batch_statistics = kept
+        return logits
+
     def _single(self, x: Tensor) -> Tensor:
         """One step on the whole loss, which is what section 3.2 minimises."""
         found = loss_gradients(self.network, x, lam=self.lam, margin=self.margin, recompute=self.recompute)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from contlearn.models._classifier import Classifier
 from contlearn.strategies.ecotta_partitions import Cut, conv_stride
 from contlearn.strategies.frozen_operations import FrozenOperations, several_values
-from contlearn.strategies.packed import packed_relu
+from contlearn.strategies.packed import PartedConv2d, packed_relu
 
 
 class MetaNorm(nn.BatchNorm2d):
@@ -67,7 +67,7 @@ class MetaPart(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = MetaNorm(out_channels)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv = PartedConv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.conv_norm = MetaNorm(out_channels)
         self.packed = packed
         # nn.Conv2d's own initialisation, from an explicit generator.

@@ -37,15 +37,16 @@ class Guard:
     batch (weights, statistics, optimizer, method state). *Drift*: the adapted parameters are farther from their start
     than ``max_drift`` times the start's length (L2). *Collapse*: one class makes up ``collapse_share`` of the latest
     ``window`` predictions. That alone happens in any stream whose classes come in runs, so it only raises a suspicion:
-    from then on the model with its initial weights is asked about the same samples, too, and when it gives that class
-    to less than half as many of another ``window`` samples, it is collapse. Nothing is computed twice before a
-    suspicion, and no sample is stored. A stream of one class alone trips it only if it lasts longer than two windows
-    *and* the initial model misses more than half of that class.
+    from then on the source model is asked about the same samples, too, and when it gives that class to less than half
+    as many of another ``window`` samples, it is collapse. Nothing is computed twice before a suspicion, and no sample
+    is stored. A stream of one class alone trips it only if it lasts longer than two windows *and* the source model
+    misses more than half of that class.
 
     A state is good, and copied every ``every`` batches, without a suspicion and with at most half of the drift allowed.
     The state put back is the latest copy. It is the start instead if that copy was put back already and none was made
     since, or if the copy turns out to have collapsed, too: a suspicion takes most of a window to arise. For two windows
-    after a collapse nothing is copied.
+    after a collapse nothing is copied. Where the start itself answered with that one class (batches of one image and
+    their statistics), going back helps nothing: the adapter gives up, and the source model answers until ``reset()``.
 
     Args:
         mode: ``off``, ``report`` (only note it in ``adapter.trips``) or ``restore``.
@@ -56,7 +57,7 @@ class Guard:
 
     Attributes:
         state: the latest good state, copied in place; empty while the start is the latest.
-        suspected: samples the initial model was asked about since the suspicion arose.
+        suspected: samples the source model was asked about since the suspicion arose.
 
     Raises:
         ContlearnError: a value out of range.
@@ -91,14 +92,14 @@ class Guard:
     def begin(self) -> None:
         """Forget everything: the adapter is at its start."""
         self.state = {}
-        self._put_back = False
+        self._put_back = self._start_is_no_better = False
         self._wait = 0
         self._standing = ""
         self._trust()
 
     def _trust(self) -> None:
         self.recent.clear()
-        self.suspected = self.shared = 0
+        self.suspected = self.shared = self.shared_by_start = 0
 
     def look(self, adapter: Adapter, x: Tensor, logits: Tensor) -> Tensor:
         """The logits ``(batch, classes)`` to answer a batch with, after adapting to it.
@@ -126,6 +127,13 @@ class Guard:
             return logits
         adapter.trips.append(record)
         self._wait = 2 * self.window if finding.reason == "collapse" else self._wait
+        if finding.reason == "collapse" and self._start_is_no_better:
+            adapter.gave_up = True
+            record["restored"] = "source"
+            self.state = {}
+            self._trust()
+            adapter.back_to_start()
+            return adapter.source_logits(x)
         record["restored"] = self._restore(adapter)
         logits = adapter.predict(x)
         if self.state and not self._helps(adapter, finding, x, logits):
@@ -139,8 +147,8 @@ class Guard:
         if finding.reason != "collapse":
             return bool(torch.isfinite(logits).all())
         share = float((logits.argmax(1) == finding.label).float().mean())
-        start = float((adapter.start_logits(x).argmax(1) == finding.label).float().mean())
-        return share < self.collapse_share or start >= share / 2
+        source = float((adapter.source_logits(x).argmax(1) == finding.label).float().mean())
+        return share < self.collapse_share or source >= share / 2
 
     @torch.no_grad()
     def _judge(self, adapter: Adapter, x: Tensor, logits: Tensor) -> tuple[Finding | None, float]:
@@ -156,20 +164,22 @@ class Guard:
         return self._collapse(adapter, x, logits), drift
 
     def _collapse(self, adapter: Adapter, x: Tensor, logits: Tensor) -> Finding | None:
-        if not adapter._initial:
-            return None  # nothing adapts, so nothing can collapse
+        if not adapter.watched_for_collapse:
+            return None
         self.recent.extend(logits.argmax(1).tolist())
         label, count = Counter(self.recent).most_common(1)[0]
         share = count / self.window
         if len(self.recent) < self.window or share < self.collapse_share:
-            self.suspected = self.shared = 0
+            self.suspected = self.shared = self.shared_by_start = 0
             return None
-        self.shared += int((adapter.start_logits(x).argmax(1) == label).sum())
+        self.shared += int((adapter.source_logits(x).argmax(1) == label).sum())
+        self.shared_by_start += int((adapter.start_logits(x).argmax(1) == label).sum())
         self.suspected += len(x)
         if self.suspected < self.window:
             return None
         collapsed = self.shared / self.suspected < share / 2
-        self.suspected = self.shared = 0
+        self._start_is_no_better = self.shared_by_start / self.suspected >= self.collapse_share
+        self.suspected = self.shared = self.shared_by_start = 0
         return Finding("collapse", share, label) if collapsed else None
 
     @torch.no_grad()

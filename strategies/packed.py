@@ -7,6 +7,7 @@ PyTorch keeps more than the derivatives need: a ReLU its output, a convolution i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 # product of a packed byte with it moves flag i to the top bit of byte i.
 _SPREAD = 0x8040201008040201 - (1 << 64)
 _LOW_BITS = 0x0101010101010101
+_PART = 1 << 20
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -108,6 +110,13 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rounded.to(torch.int8), scale
 
 
+def _in_parts(gradient: Tensor, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Both cut along the batch so that a part has about 1 MB on the CPU, whose kernels copy what they are given."""
+    size = max(gradient.nbytes, x.nbytes) // max(len(gradient), 1)
+    rows = max(1, _PART // max(size, 1)) if gradient.device.type == "cpu" else max(len(gradient), 1)
+    return gradient.split(rows), x.split(rows)
+
+
 class FrozenConv(torch.autograd.Function):
     """A 2-D convolution whose weight does not train: backward needs the weight alone, and makes floats of it anew."""
 
@@ -122,17 +131,56 @@ class FrozenConv(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         weight, scale = ctx.saved_tensors
         strides, paddings, dilations, groups = ctx.how
-        # Rows and columns at the far side that the strided windows did not reach.
-        rest = [
-            size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
-            for size, out, stride, padding, dilation, kernel in zip(
-                ctx.size, gradient.shape[2:], strides, paddings, dilations, weight.shape[2:], strict=True
+        weight = dequantise(weight, scale)
+        dx = gradient.new_empty(len(gradient), groups * weight.shape[1], *ctx.size)
+        for part, into in zip(*_in_parts(gradient, dx), strict=True):
+            # Of the input only the shape enters, so nothing is allocated for it.
+            like = into.new_empty(()).expand(into.shape)
+            into.copy_(
+                torch.ops.aten.convolution_backward(
+                    part, like, weight, None, strides, paddings, dilations, False, [0, 0], groups, [True, False, False]
+                )[0]
             )
-        ]
-        dx = F.conv_transpose2d(
-            gradient, dequantise(weight, scale), None, strides, paddings, rest, groups, dilations
-        )
         return dx, None, None, None, None
+
+
+class _PartedConv(torch.autograd.Function):
+    """A 2-D convolution that trains, as PyTorch's, but for the CPU kernels' copies: backward goes part by part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, how: Any) -> Tensor:
+        ctx.how = how
+        ctx.save_for_backward(x, weight)
+        return torch.conv2d(x, weight, None, *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        strides, paddings, dilations, groups = ctx.how
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        dx = torch.empty_like(x) if wanted[0] else None
+        dw = torch.zeros_like(weight) if wanted[1] else None
+        begin = 0
+        for part, rows in zip(*_in_parts(gradient, x), strict=True):
+            found = torch.ops.aten.convolution_backward(
+                part, rows, weight, None, strides, paddings, dilations, False, [0, 0], groups, wanted
+            )
+            if dx is not None:
+                dx[begin : begin + len(part)] = found[0]
+            if dw is not None:
+                dw += found[1]
+            begin += len(part)
+        return dx, dw, None
+
+
+class PartedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` without offset and with padding by zeros; its backward has no copy of a whole batch on the CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Conv2d``."""
+        how = (self.stride, self.padding, self.dilation, self.groups)
+        return _PartedConv.apply(input, self.weight, how)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -10,6 +10,8 @@ from contlearn.strategies.adapter import Adapter
 class Source(Adapter):
     """No adaptation: the model in evaluation mode. Stores nothing."""
 
+    watched_for_collapse = False
+
     def configure(self) -> None:
         """Nothing adapts."""
 

@@ -295,6 +295,38 @@ def test_healthy_streams_do_not_trip(cls: type[Adapter], norm: Any, order: str) 
         assert bool(suspected) == (order != "iid")
 
 
+@pytest.mark.parametrize("cls", [BNStats, Tent])
+def test_where_the_start_is_no_better_the_source_model_answers(cls: type[Adapter]) -> None:
+    """Batches of one image: normalised by its own pixels, the start answers with one class; the source does not."""
+
+    class Image(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1, affine=True)
+            self.head = nn.Linear(1, CLASSES)
+            with torch.no_grad():  # class by mean brightness
+                self.head.weight.copy_(torch.tensor([[-4.0], [-1.0], [1.0], [4.0]]))
+                self.head.bias.copy_(torch.tensor([-4.5, 0.0, 0.0, -4.5]) + torch.tensor([0.0, 0.1, 0.0, 0.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.norm(x).mean((2, 3)))
+            return logits
+
+    options: dict[str, Any] = {"lr": 0.0} if cls is Tent else {}
+    one = cls(model=Image(), guard_window=20, **options).start()
+    source = Source(model=Image()).start()
+    generator = torch.Generator().manual_seed(0)
+    stream = [torch.randn(1, 1, 4, 4, generator=generator) * 0.1 + 4 * (k % 4 - 1.5) / 1.5 for k in range(60)]
+    assert len({int(source(x).argmax()) for x in stream}) == CLASSES
+    answers = [one(x) for x in stream]
+    assert {int(answer.argmax()) for answer in answers[:30]} == {1}
+    assert [(trip["batch"], trip["reason"], trip["restored"]) for trip in one.trips] == [(39, "collapse", "source")]
+    assert one.gave_up and one.guard.state == {}
+    assert all(torch.equal(answer, source(x)) for answer, x in zip(answers[38:], stream[38:], strict=True))
+    one.reset()
+    assert not one.gave_up and torch.equal(one(stream[0]), answers[0])
+
+
 def test_no_copy_while_collapse_is_suspected() -> None:
     one = adapter(Tent, nn.LayerNorm(FEATURES), guard_every=1, lr=1e-3)
     for x in ordered("sorted"):

@@ -20,6 +20,7 @@ from contlearn.strategies.packed import (
     Int8Conv2d,
     Int8Linear,
     PackedReLU,
+    PartedConv2d,
     dequantise,
     pack,
     packed_clamp,
@@ -298,3 +299,22 @@ def test_quantising_a_network_takes_a_quarter_of_the_weights_bytes_and_leaves_wh
     again = copy.deepcopy(network)
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(x), network(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 9, 9), (5, 8, 11, 7), (40, 8, 96, 64)])
+@pytest.mark.parametrize(("stride", "kernel"), [(1, 3), (2, 3), (2, 1)])
+def test_a_convolution_differentiated_in_parts_is_the_whole_one(shape, stride, kernel):
+    torch.manual_seed(0)
+    whole = nn.Conv2d(8, 4, kernel, stride=stride, padding=kernel // 2, bias=False)
+    parted = PartedConv2d(8, 4, kernel, stride=stride, padding=kernel // 2, bias=False)
+    parted.load_state_dict(whole.state_dict())
+    x, y = (torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    a, b = whole(x), parted(y)
+    assert torch.equal(a, b)
+    g = torch.randn_like(a)
+    a.backward(g), b.backward(g)
+    torch.testing.assert_close(y.grad, x.grad)
+    assert (parted.weight.grad - whole.weight.grad).norm() < 1e-5 * whole.weight.grad.norm()  # another order of adding
+    parted.weight.requires_grad_(False)
+    (only,) = torch.autograd.grad(parted(y), y, g)
+    torch.testing.assert_close(only, x.grad)
