@@ -1,0 +1,127 @@
+"""A step as one functional ATen graph: forward, backward and update, without mutation.
+
+``make_fx`` traces what the step's function computes; backward operators are replaced by the rules of the target's
+profile while it traces.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functionalize
+
+from contlearn.edge import rules
+from contlearn.strategies.step import Step, Tensors, tracing
+
+NEW = "new."
+"""What the name of a state is prefixed with as an output."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A traced function of named tensors.
+
+    Attributes:
+        graph: takes the inputs in order and returns the outputs in order.
+        inputs: names in order: states first.
+        outputs: names in order.
+        examples: inputs it was traced with, by name.
+        profile: of the rules.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    examples: Tensors
+    profile: str
+
+    def __call__(self, tensors: Tensors) -> Tensors:
+        """Run it in PyTorch: outputs by name."""
+        found = self.graph(*(tensors[name] for name in self.inputs))
+        return dict(zip(self.outputs, found, strict=True))
+
+
+def capture(step: Step, *, profile: str = "onnxruntime") -> Captured:
+    """The whole step: states and inputs to ``loss``, ``logits`` and ``new.STATE`` of every state that moves.
+
+    Args:
+        step: as a strategy declares it.
+        profile: target whose rules are used.
+
+    Raises:
+        Gap: an operator that has no rule for this target.
+    """
+
+    def function(named: Tensors) -> Tensors:
+        outputs, moved = step.compute({n: named[n] for n in step.state}, {n: named[n] for n in step.inputs})
+        return {**outputs, **{NEW + name: value for name, value in moved.items() if value is not named[name]}}
+
+    return trace(function, {**step.state, **step.examples()}, profile=profile)
+
+
+def capture_predict(step: Step, *, profile: str = "onnxruntime") -> Captured:
+    """The prediction of a step: the states it reads and ``x`` (and ``class_mask``) to ``logits``."""
+    given = {name: held for name, held in step.examples().items() if name in ("x", "class_mask")}
+
+    def function(named: Tensors) -> Tensors:
+        with torch.no_grad():
+            return {"logits": step.predict({n: named[n] for n in step.state}, {n: named[n] for n in given})}
+
+    return trace(function, {**step.state, **given}, profile=profile)
+
+
+def trace(function: Callable[[Tensors], Tensors], examples: Tensors, *, profile: str) -> Captured:
+    """Trace a function of named tensors and drop the inputs that it does not read.
+
+    Args:
+        function: from named tensors to named tensors; pure, but may mutate what it made itself.
+        examples: inputs by name.
+        profile: of the rules.
+    """
+    names = list(examples)
+    outputs: list[str] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        found = function(dict(zip(names, tensors, strict=True)))
+        outputs[:] = list(found)
+        return tuple(found.values())
+
+    held = [examples[name].detach().clone() for name in names]
+    with tracing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of make_fx about what it is itself
+        # Twice: autograd first, since functionalize does not allow it inside; then mutation goes and rules come in.
+        differentiated = make_fx(flat)(*held)
+        pure = functionalize(differentiated, remove="mutations")
+        graph = make_fx(pure, decomposition_table=rules.table(profile))(*held)
+    _tidy(graph)
+    read = [name for name, node in zip(names, _placeholders(graph), strict=True) if node.users]
+    for node in _placeholders(graph):
+        if not node.users:
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return Captured(graph, tuple(read), tuple(outputs), {name: examples[name] for name in read}, profile)
+
+
+def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+_ALIASES = {
+    torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh_copy.default,
+    torch.ops.aten.lift_fresh.default,
+}  # fmt: skip
+
+
+def _tidy(graph: fx.GraphModule) -> None:
+    """Drop what computes nothing and what nobody reads."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in _ALIASES:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
