@@ -200,12 +200,12 @@ def _list(arguments: list[str]) -> int:
         return 0
     if not rows:
         raise unknown_name(f"{options.kind} matching", options.name, _registry(options.kind, None)[0])
-    joins = ["plug-in"] if options.kind == "strategies" else []
+    joins = ["plug-in", "exports to"] if options.kind == "strategies" else []
     table = Table("name", *joins, "description", "source", box=None, pad_edge=False)
     for name in rows:
         record = details(name)
         source = str(record.get("paper") or record.get("source") or "")
-        marks = ["yes" * bool(record["plugin"]) for _ in joins]
+        marks = ["yes" * bool(record["plugin"]), "onnxruntime" * bool(record["exportable"])] if joins else []
         table.add_row(name, *marks, str(record.get("description", "")), source)
     console.print(table)
     return 0
@@ -257,9 +257,25 @@ def _report(arguments: list[str]) -> int:
     return command.main(arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    from contlearn.edge import commands
+
+    quiet_libraries()
+    return commands.export_main(arguments)
+
+
+def _adapt(arguments: list[str]) -> int:
+    from contlearn.edge import commands
+
+    quiet_libraries()
+    return commands.adapt_main(arguments)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (_run, "train a strategy on a stream and evaluate it"),
     "pareto": (_pareto, "sweep methods, memory budgets and seeds; find the memory-accuracy front"),
+    "export": (_export, "write the step of a strategy as an artifact for a device"),
+    "adapt": (_adapt, "run an artifact over a stream as a device would"),
     "report": (_report, "rebuild the pages of a sweep, a run or a folder of runs"),
     "list": (_list, "list strategies, scenarios, models or datasets"),
     "doctor": (_doctor, "check versions, devices, threads and data"),

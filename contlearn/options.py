@@ -172,7 +172,7 @@ def strategy_options(name: str) -> list[Option]:
 
     info = describe(name)
     classes = _ours(info.load())
-    found = options_of(*(_ours(info.load_plugin()) if info.kind == "plug-in" else []), *classes)
+    found = options_of(*(_ours(info.load_plugin()) if info.is_plugin else []), *classes)
     return [Option(o.name, o.type, info.defaults.get(o.name, o.default), o.help) for o in found]
 
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
 
 from contlearn.edge import rules
+from contlearn.edge.gaps import Gaps
 from contlearn.strategies.step import Step, Tensors, tracing
 
 NEW = "new."
@@ -54,7 +55,7 @@ def capture(step: Step, *, profile: str = "onnxruntime") -> Captured:
         profile: target whose rules are used.
 
     Raises:
-        Gap: an operator that has no rule for this target.
+        Gaps: operators that have no rule for this target, all of them.
     """
 
     def function(named: Tensors) -> Tensors:
@@ -92,19 +93,58 @@ def trace(function: Callable[[Tensors], Tensors], examples: Tensors, *, profile:
         return tuple(found.values())
 
     held = [examples[name].detach().clone() for name in names]
+    gaps: list[rules.Gap] = []
     with tracing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of make_fx about what it is itself
         # Twice: autograd first, since functionalize does not allow it inside; then mutation goes and rules come in.
         differentiated = make_fx(flat)(*held)
+        constants = _lift_constants(differentiated)
         pure = functionalize(differentiated, remove="mutations")
-        graph = make_fx(pure, decomposition_table=rules.table(profile))(*held)
+        graph = make_fx(pure, decomposition_table=rules.table(profile, gaps=gaps))(*held, *constants)
+    if gaps:
+        raise Gaps([str(gap) for gap in dict.fromkeys(map(str, gaps))], profile)
     _tidy(graph)
+    _lower_constants(graph, len(names), constants)
     read = [name for name, node in zip(names, _placeholders(graph), strict=True) if node.users]
     for node in _placeholders(graph):
         if not node.users:
             graph.graph.erase_node(node)
     graph.recompile()
     return Captured(graph, tuple(read), tuple(outputs), {name: examples[name] for name in read}, profile)
+
+
+def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
+    """Make inputs of a graph's constants: functionalize follows what happens to its inputs alone."""
+    found: dict[str, tuple[fx.Node, Tensor]] = {}
+    last = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and isinstance(value := _attribute(graph, node.target), Tensor):
+            if node.target not in found:
+                with graph.graph.inserting_before(last):
+                    found[node.target] = (graph.graph.placeholder(f"constant_{len(found)}"), value.detach())
+            node.replace_all_uses_with(found[node.target][0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return [value for _, value in found.values()]
+
+
+def _attribute(graph: fx.GraphModule, path: str) -> object:
+    owner: object = graph
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def _lower_constants(graph: fx.GraphModule, inputs: int, constants: list[Tensor]) -> None:
+    """The other way round, for those that are still read."""
+    for index, (node, value) in enumerate(zip(_placeholders(graph)[inputs:], constants, strict=True)):
+        if node.users:
+            name = f"constant_{index}"
+            graph.register_buffer(name, value.clone())
+            with graph.graph.inserting_after(_placeholders(graph)[-1]):
+                node.replace_all_uses_with(graph.graph.get_attr(name))
+        graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:

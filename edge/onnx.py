@@ -15,23 +15,14 @@ from torch import fx
 
 from contlearn.edge import rules
 from contlearn.edge.capture import Captured
+from contlearn.edge.gaps import Gaps
 from contlearn.errors import ContlearnError
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-
-class Gaps(ContlearnError):
-    """Everything in a step that a target cannot run.
-
-    Args:
-        found: one line each: the operator, where it is used and the way out.
-        target: name of the profile.
-    """
-
-    def __init__(self, found: list[str], target: str) -> None:
-        self.found = found
-        super().__init__(f"export to {target}: {len(found)} operators have no form there: {'; '.join(found)}")
+_NEAR = 4
+"""Nodes between an operator and the state that tells its layer, at most."""
 
 
 def lower(captured: Captured) -> ModelProto:
@@ -115,18 +106,27 @@ def _refuse_unknown(captured: Captured) -> None:
     for node in captured.graph.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not known(node.target):
             unknown[node.target] += 1
-            layers.setdefault(node.target, layer_of(node))
+            layers.setdefault(node.target, layer_of(node, captured))
     if unknown:
         lines = [
-            f"{op} ({count} times{f', first in {layers[op]}' if layers[op] else ''}): replace the layer, or add a rule to contlearn.edge.rules"
+            f"{op} ({count} times{f', first in {layers[op]}' if layers[op] else ''}): replace the layer, or add a rule "
+            "to contlearn.edge.rules"
             for op, count in unknown.items()
         ]
         raise Gaps(lines, captured.profile)
 
 
-def layer_of(node: fx.Node) -> str:
-    """Name of the layer that a node was traced in; empty where it is not known."""
-    return str(node.meta.get("layer", ""))
+def layer_of(node: fx.Node, captured: Captured) -> str:
+    """Name of the layer a node belongs to: of the nearest state it is computed from; empty where none is near."""
+    names = dict(zip((n for n in captured.graph.graph.nodes if n.op == "placeholder"), captured.inputs, strict=True))
+    seen, front = {node}, [node]
+    for _ in range(_NEAR):
+        front = [one for behind in front for one in behind.all_input_nodes if one not in seen]
+        seen.update(front)
+        for one in front:
+            if "." in names.get(one, ""):
+                return names[one].rpartition(".")[0]
+    return ""
 
 
 def _registered() -> Any:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contlearn.scenarios.online_stream import online
     from contlearn.scenarios.plasticity import input_permutation, label_reshuffle
     from contlearn.scenarios.stream import Scenario
+    from contlearn.scenarios.transfer_stream import transfer
 
 __all__ = [
     "ScenarioInfo",
@@ -35,6 +36,7 @@ __all__ = [
     "list",
     "online",
     "task_incremental",
+    "transfer",
 ]
 
 

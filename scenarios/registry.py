@@ -70,6 +70,12 @@ _RECORDS = (
         "arXiv 1312.6211",
     ),
     ScenarioInfo(
+        "transfer",
+        "contlearn.scenarios.transfer_stream:transfer",
+        "One experience with all classes: plain transfer learning, on few images if asked for.",
+        "-",
+    ),
+    ScenarioInfo(
         "corruptions",
         "contlearn.scenarios.corruptions_stream:corruptions",
         "Clean training data, then test data under one corruption after another, in temporal order.",

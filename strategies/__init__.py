@@ -50,7 +50,7 @@ def list(
 def parameters(name: str) -> dict[str, inspect.Parameter]:
     """Every option ``create(name, model, ...)`` takes: the method's own first, then those of the training loop."""
     info = describe(name)
-    options = plugin_parameters(name) if info.kind == "plug-in" else {}
+    options = plugin_parameters(name) if info.is_plugin else {}
     for cls in info.load().__mro__:
         if "__init__" not in vars(cls):
             continue
@@ -134,7 +134,7 @@ def create(name: str, model: nn.Module, **options: Any) -> SupervisedTemplate:
             raise ContlearnError(f"plugins: {name!r} is given twice; expected each method once")
         if other in info.excludes:
             raise ContlearnError(f"plugins: strategy {name!r} cannot be joined by {other!r}; expected another method")
-    if info.kind == "plug-in":
+    if info.is_plugin:
         own = {key: loop.pop(key) for key in plugin_parameters(name) if key in loop}
         loop["plugins"] = [plugin(name, **own), *joined(others)]
     strategy: SupervisedTemplate = info.load()(model=model, **loop)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from avalanche.core import SupervisedPlugin
-from torch import nn
+from torch import Tensor, nn
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies.adab2n_layer import AdaB2N, AdaB2N1d, AdaB2N2d, TaskBatch, TaskRegister, check_kappa
+from contlearn.strategies.step_part import PlainStep
 
 _REPLACED: tuple[tuple[type[nn.Module], type[AdaB2N]], ...] = (
     (nn.BatchNorm1d, AdaB2N1d),
@@ -23,7 +24,7 @@ _REPLACED: tuple[tuple[type[nn.Module], type[AdaB2N]], ...] = (
 )
 
 
-class AdaB2NPlugin(SupervisedPlugin):
+class AdaB2NPlugin(PlainStep, SupervisedPlugin):
     """Adaptive balance of BatchNorm.
 
     The model must have been prepared before its optimizer is made: strategies of contlearn do so, elsewhere call
@@ -135,6 +136,27 @@ class AdaB2NPlugin(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Outside of training, every pass in training mode counts."""
         self.batch.counts_steps = False
+
+    def step_ready(self, strategy: Any) -> None:
+        """Steps are counted by the step, not by passes."""
+        self._attach(strategy.model)
+        self.batch.counts_steps = True
+
+    def step_buffers(self, strategy: Any) -> list[str]:
+        """The momentum of the running statistics."""
+        return [f"{name}.eta" for name, module in strategy.model.named_modules() if isinstance(module, AdaB2N)]
+
+    def step_after(
+        self, weights: dict[str, Tensor], statistics: dict[str, Tensor], tensors: dict[str, Tensor], lr: Tensor
+    ) -> dict[str, Tensor]:
+        """Move that momentum on."""
+        for name in statistics:
+            if name.endswith(".eta"):
+                layer = self._layers[0]
+                assert layer.momentum is not None
+                if layer.kappa != 1:
+                    statistics[name] = statistics[name] / (statistics[name] + (1 - layer.momentum) ** layer.kappa)
+        return {}
 
     def kept_bytes(self, model: nn.Module, *, experiences: int, head_rows: int) -> int:
         """Bytes the layers gain over a stream at most: one number of ``psi`` per task beyond the first."""

@@ -6,7 +6,7 @@ are those of every other strategy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -163,6 +163,50 @@ class Adapter:
         written = {name: held.clone() for name, held in self.adapted() if not isinstance(held, nn.Parameter)}
         with torch.no_grad():
             logits: Tensor = functional_call(self.model, written, (x,)) if written else self.model(x)
+        return logits
+
+    # ------------------------------------------------------------------ export
+
+    not_exportable = "it declares no step"
+    """Why its step cannot run on a device; empty if it can."""
+
+    def declare_step(self, *, batch_size: int, input_shape: Sequence[int], **options: Any) -> Any:
+        """The adaptation step as a pure function (:class:`contlearn.strategies.step.Step`); call :meth:`start` before.
+
+        Args:
+            batch_size: images per batch.
+            input_shape: (channels, height, width).
+            options: none is known here; those of supervised strategies are ignored if ``None``.
+
+        Raises:
+            ContlearnError: an option that only a supervised strategy has.
+        """
+        from contlearn.strategies.adapter_step import adapter_step
+
+        for name, value in options.items():
+            if value is not None:
+                raise ContlearnError(f"{name}: strategy {self.spec['name']!r} takes none; expected it left out")
+        return adapter_step(self, batch_size=batch_size, input_shape=input_shape)
+
+    def step_tensors(self) -> dict[str, Tensor]:
+        """What :meth:`step_adaptation` keeps beside weights, statistics and optimizer, by name."""
+        return {}
+
+    def step_adaptation(self, x: Tensor, method: dict[str, Tensor]) -> Any:
+        """Answer and loss of one batch, without a decision of Python's that depends on values.
+
+        Args:
+            x: images (batch, channels, height, width).
+            method: what :meth:`step_tensors` named.
+
+        Returns:
+            :class:`contlearn.strategies.adapter_step.Adaptation`.
+        """
+        raise NotImplementedError
+
+    def step_prediction(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of the model as it is."""
+        logits: Tensor = self.model(x)
         return logits
 
     # ------------------------------------------------------------------ life

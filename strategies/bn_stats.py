@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies.adapter import Adapter
+from contlearn.strategies.adapter_step import Adaptation
 
 
 class BNStats(Adapter):
@@ -61,6 +62,16 @@ class BNStats(Adapter):
                 prefix = f"{name}." if name else ""
                 yield f"{prefix}running_mean", layer.running_mean  # type: ignore[misc]
                 yield f"{prefix}running_var", layer.running_var  # type: ignore[misc]
+
+    not_exportable = ""
+
+    def step_adaptation(self, x: Tensor, method: dict[str, Tensor]) -> Adaptation:
+        """The answer; statistics are carried on if they should be."""
+        self.mixture.keep = self.carry
+        try:
+            return Adaptation(self.model(x))
+        finally:
+            self.mixture.keep = False
 
     def adapt(self, x: Tensor) -> Tensor:
         """Logits ``(batch, classes)``."""

@@ -48,6 +48,7 @@ class CoTTA(Adapter):
         ContlearnError: a value out of range, or ``norms`` with a model that has none (at :meth:`start`).
     """
 
+    not_exportable = "its augmentations and restored weights are drawn at random inside the step"
     memory_names = {"teacher": "teacher"}
 
     def __init__(

@@ -5,6 +5,8 @@ Smith et al., arXiv 2203.17269, section 4; the forms are those of the authors' d
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -13,7 +15,9 @@ from avalanche.models import MultiTaskModule
 from torch import Tensor
 
 from contlearn.errors import ContlearnError
+from contlearn.models._growing_head import UNSEEN
 from contlearn.models._task_head import TaskClassifier
+from contlearn.strategies.step_part import Masks
 from contlearn.strategies.teacher import TeacherPlugin
 
 
@@ -67,6 +71,8 @@ class PredKDPlugin(TeacherPlugin):
         ContlearnError: a value out of range; in training, a multi-task model that is not one of contlearn's.
     """
 
+    checkpoint_exclude = ("_masks",)
+
     def __init__(
         self, *, scale: float = 5.0, kind: Literal["sigmoid", "softmax"] = "sigmoid", temperature: float = 2.0
     ) -> None:
@@ -81,15 +87,31 @@ class PredKDPlugin(TeacherPlugin):
         self.kind = kind
         self.temperature = temperature
         self.classes = SeenClasses()
+        self._masks: Masks | None = None
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Learn which classes are new."""
         super().before_training_exp(strategy, **kwargs)
         self.classes.start(strategy.experience)
 
+    @contextlib.contextmanager
+    def step_bound(self, strategy: Any, tensors: dict[str, Tensor], masks: Masks) -> Iterator[None]:
+        """While open, classes are old by mask."""
+        self._masks = masks
+        try:
+            yield
+        finally:
+            self._masks = None
+
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the term."""
-        if not self.scale or not self.classes.old or self.teacher.model is None:
+        if not self.scale or self.teacher.model is None:
+            return
+        if self._masks is not None:
+            student, teacher = self._logits(strategy)
+            strategy.loss = strategy.loss + self.scale * self._masked(student, teacher, self._masks)
+            return
+        if not self.classes.old:
             return
         student, teacher = self._logits(strategy)
         old = torch.tensor(self.classes.old, device=student.device)
@@ -98,6 +120,16 @@ class PredKDPlugin(TeacherPlugin):
         else:
             term = distil_softmax(student[:, old], teacher[:, old], self.temperature)
         strategy.loss += self.scale * term
+
+    def _masked(self, student: Tensor, teacher: Tensor, masks: Masks) -> Tensor:
+        """The term with old classes given by a mask; 0 where there are none."""
+        if self.kind == "sigmoid":
+            each = F.binary_cross_entropy_with_logits(student, teacher.sigmoid(), reduction="none")
+            return (each * masks.old).sum() / (len(student) * masks.seen.sum())
+        old = masks.old > 0
+        return distil_softmax(
+            torch.where(old, student, UNSEEN), torch.where(old, teacher, UNSEEN), self.temperature
+        )
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """The classes of this experience are old from now on."""

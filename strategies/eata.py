@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies.adapter import Batches, entropy
+from contlearn.strategies.adapter_step import Adaptation
 from contlearn.strategies.tent import Tent
 
 
@@ -122,6 +123,33 @@ class EATA(Tent):
     def load_method_state(self, state: Mapping[str, Tensor]) -> None:
         """The moving average again."""
         self.average = state["average"].detach().to(self.device, copy=True) if "average" in state else None
+
+    def step_tensors(self) -> dict[str, Tensor]:
+        """The moving average, and whether there is one."""
+        if self.average is not None:
+            return {"average": self.average, "begun": torch.ones(1)}
+        with torch.no_grad():
+            head = getattr(self.model, "head", None)
+            classes = int(getattr(head, "out_features", 0) or 0)
+        return {"average": torch.zeros(classes), "begun": torch.zeros(1)}
+
+    def step_adaptation(self, x: Tensor, method: dict[str, Tensor]) -> Adaptation:
+        """As :meth:`adapt`, with sums over masks where that takes parts of the batch."""
+        logits: Tensor = self.model(x)
+        classes = logits.shape[1]
+        uncertain, bound = entropy(logits), self.margin * math.log(classes)
+        p = logits.detach().softmax(1)
+        # The similarity to an average that is not there yet, all zeros, is 0.
+        similar = F.cosine_similarity(method["average"][None], p, dim=1)
+        keep = ((uncertain.detach() < bound) & (similar < self._allowed(classes))).to(logits.dtype)
+        count = keep.sum()
+        share = keep / count.clamp(min=1.0)
+        mean = (p * share[:, None]).sum(0)
+        average = torch.where(method["begun"] > 0, 0.9 * method["average"] + 0.1 * mean, mean)
+        loss = ((bound - uncertain.detach()).exp() * uncertain * share).sum()
+        if self.fisher:
+            loss = loss + self.fisher_alpha * self._penalty()
+        return Adaptation(logits, loss, count > 0, {"average": average, "begun": torch.ones_like(method["begun"])})
 
     def adapt(self, x: Tensor) -> Tensor:
         """Predict, then step; the logits are those in front of the (last) step."""

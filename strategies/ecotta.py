@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from contlearn.errors import ContlearnError
 from contlearn.files import atomic_write_bytes
 from contlearn.strategies.adapter import Adapter
-from contlearn.strategies.ecotta_gradients import Gradients, loss_gradients, regulariser_gradients
+from contlearn.strategies.adapter_step import Adaptation
+from contlearn.strategies.ecotta_gradients import Gradients, loss_gradients, passing, regulariser_gradients
 from contlearn.strategies.ecotta_network import EcoTTANetwork
 from contlearn.strategies.ecotta_partitions import cut
 from contlearn.strategies.ecotta_warmup import Batches, augment, rate_factors, warm_up
@@ -284,6 +285,31 @@ class EcoTTA(Adapter):
         for _ in range(self.steps):
             logits = self._single(x) if self.update == "single" else self._two_steps(x)
         return self.predict(x) if logits is None else logits
+
+    @property
+    def not_exportable(self) -> str:  # type: ignore[override]
+        """Why there is no step."""
+        return "" if self.update == "single" else "update: two_step takes two steps per batch; expected single"
+
+    def step_adaptation(self, x: Tensor, method: dict[str, Tensor]) -> Adaptation:
+        """The whole loss over masks; the graph of one partition does not reach into another's regulariser."""
+        network = self.network
+        bound, terms = network.stem(x), []
+        for k in range(len(network.meta)):
+            if self.lam:
+                leaf = bound.detach()
+                u = network.frozen(k, leaf)
+                terms.append((network.meta[k](u, leaf) - u.detach()).abs().mean())
+            bound = network.partition(k, bound)
+        logits = network.tail(bound)
+        h, passes = passing(logits, self.margin)
+        chosen = passes.to(h.dtype)
+        count = chosen.sum()
+        loss = (h * chosen).sum() / count.clamp(min=1.0)
+        if terms:
+            loss = loss + self.lam * torch.stack(terms).sum()
+        network.commit()
+        return Adaptation(logits, loss, count > 0)
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of the network as it is now; nothing changes."""

@@ -12,6 +12,7 @@ from contlearn.models._classifier import Classifier
 from contlearn.strategies.ecotta_partitions import Cut, conv_stride
 from contlearn.strategies.frozen_operations import FrozenOperations, several_values
 from contlearn.strategies.packed import PartedConv2d, packed_relu
+from contlearn.strategies.step import exporting
 
 
 class MetaNorm(nn.BatchNorm2d):
@@ -77,7 +78,8 @@ class MetaPart(nn.Module):
         """BN_k(u) + ReLU(BN'(Conv(x))) for the partition's input x and its frozen output u (the shape returned)."""
         side: Tensor = self.conv_norm(self.conv(x))
         # In place: BatchNorm's backward looks at its input, not its output.
-        side = packed_relu(side, inplace=True) if self.packed and side.requires_grad else F.relu_(side)
+        packed = self.packed and side.requires_grad and not exporting()
+        side = packed_relu(side, inplace=True) if packed else F.relu_(side)
         replaced: Tensor = self.norm(u)
         return replaced.add_(side)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,9 @@ from avalanche.models import avalanche_forward
 from torch import Tensor
 
 from contlearn.strategies.loader import Batch, BatchSource, CyclingSampler
-from contlearn.strategies.memories import Policy, require_positive, storage_policy, take_in
+from contlearn.strategies.memories import Policy, device_policy, require_positive, storage_policy, take_in
 from contlearn.strategies.rehearsal import Rehearsal
+from contlearn.strategies.step import Memory
 
 
 class ERACE(Rehearsal):
@@ -104,6 +108,25 @@ class ERACE(Rehearsal):
             return super().criterion()  # type: ignore[no-any-return]
         return asymmetric_cross_entropy(self.mb_output, self.mb_y, self._exemplar_output, self._exemplars[1])
 
+    def step_memory(self) -> Memory:
+        """The memory that a device keeps."""
+        return Memory(self.storage_policy.max_size, device_policy(self.storage_policy), self.batch_size_memory)
+
+    def step_batch(self, x: Tensor, y: Tensor, given: dict[str, Tensor]) -> Batch:
+        """Incoming samples alone: exemplars pass by themselves."""
+        return [x, y, torch.zeros_like(y)]
+
+    @contextlib.contextmanager
+    def step_bound(self, masks: Any, given: dict[str, Tensor]) -> Iterator[None]:
+        """While open, the exemplars are the ones given."""
+        kept = self.memory, self._exemplars, self._exemplar_output
+        batch = [given["x_memory"], given["y_memory"], torch.zeros_like(given["y_memory"])]
+        self.memory, self._exemplars = cast(Any, batch), batch
+        try:
+            yield
+        finally:
+            self.memory, self._exemplars, self._exemplar_output = kept
+
     def training_state(self) -> dict[str, Any]:
         """The loop's state and the position in memory."""
         return {**super().training_state(), "memory": self.memory}
@@ -121,6 +144,8 @@ def asymmetric_cross_entropy(
     The formula of Avalanche's ``ACECriterion``, but without its logarithm of a softmax, which gives NaN once a
     probability underflows.
     """
-    present, position = torch.unique(target, return_inverse=True)
-    incoming = F.cross_entropy(output[:, present], position)
+    columns = torch.arange(output.shape[1], device=output.device)
+    present = (target[:, None] == columns).any(0)
+    # Absent classes take no part: their share of the softmax, and their gradient, is exactly 0.
+    incoming = F.cross_entropy(output.masked_fill(~present, -math.inf), target)
     return (incoming + F.cross_entropy(exemplar_output, exemplar_target)) / 2

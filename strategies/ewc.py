@@ -10,10 +10,11 @@ from avalanche.training.utils import ParamData, zerolike_params_dict
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies.loader import BatchLoader, BatchSource
+from contlearn.strategies.step_part import PlainStep
 from contlearn.strategies.template import SupervisedTemplate
 
 
-class EWCPlugin(AvalancheEWCPlugin):
+class EWCPlugin(AvalancheEWCPlugin, PlainStep):
     """Avalanche's EWC plug-in with its pass over the data in batches of tensors.
 
     The importance is Avalanche's: the mean over mini-batches of the squared gradient of the batch loss, in evaluation

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from contlearn.strategies.packed import FrozenConv, FrozenNorm, packed_clamp, packed_relu
+from contlearn.strategies.step import exporting
 
 
 class FrozenOperations(TorchFunctionMode):
@@ -37,7 +38,8 @@ class FrozenOperations(TorchFunctionMode):
     ) -> Any:
         """Take over the functions listed below."""
         kwargs = kwargs or {}
-        own = _OWN.get(func)
+        # Bits and written-out derivatives are for autograd in PyTorch; a graph is planned by itself.
+        own = _OWN.get(func) if func is F.batch_norm or not exporting() else None
         return func(*args, **kwargs) if own is None else own(self, func, *args, **kwargs)
 
 

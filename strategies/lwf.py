@@ -7,10 +7,11 @@ from typing import Any
 from avalanche.training.plugins import LwFPlugin as AvalancheLwFPlugin
 
 from contlearn.errors import ContlearnError
+from contlearn.strategies.step_part import PlainStep
 from contlearn.strategies.template import SupervisedTemplate
 
 
-class LwFPlugin(AvalancheLwFPlugin):
+class LwFPlugin(AvalancheLwFPlugin, PlainStep):
     """Avalanche's LwF plug-in with its teacher in evaluation mode.
 
     Avalanche leaves the copied model in training mode: its dropout then adds noise to the targets, and the statistics

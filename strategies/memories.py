@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from contlearn.errors import ContlearnError
 from contlearn.strategies.loader import BatchLoader, BatchSource
+from contlearn.strategies.step import NotExportable
 
 Policy = Literal["reservoir", "class_balanced", "experience_balanced", "herding"]
 
@@ -54,6 +55,21 @@ def storage_policy(name: Policy, memory_size: int) -> ExemplarsBuffer:
     if name == "herding":
         return HerdingBuffer(memory_size)
     raise ContlearnError(f"policy: expected reservoir, class_balanced, experience_balanced or herding, got {name!r}")
+
+
+def device_policy(policy: ExemplarsBuffer) -> str:
+    """What a device's runner calls a storage policy: ``reservoir`` or ``balanced`` (by class).
+
+    Raises:
+        NotExportable: one that needs features, or the borders between experiences.
+    """
+    if type(policy) is ReservoirSamplingBuffer:
+        return "reservoir"
+    if type(policy) is ClassBalancedBuffer:
+        return "balanced"
+    raise NotExportable(
+        f"policy: {type(policy).__name__} cannot be kept on a device; expected reservoir or class_balanced"
+    )
 
 
 def take_in(policy: ExemplarsBuffer, agent: Any, experience: Any) -> None:

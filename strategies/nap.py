@@ -18,6 +18,8 @@ from contlearn.errors import ContlearnError
 from contlearn.strategies.norm_log import NormLog, Reference
 from contlearn.strategies.normalise import Norm, insert_norms
 from contlearn.strategies.scale_invariance import Group, analyse
+from contlearn.strategies.step import NotExportable
+from contlearn.strategies.step_part import PlainStep
 from contlearn.strategies.teacher import classifier_name
 
 
@@ -40,7 +42,7 @@ class _Held:
     pulled: list[tuple[nn.Parameter, str]]
 
 
-class NaPPlugin(SupervisedPlugin):
+class NaPPlugin(PlainStep, SupervisedPlugin):
     """Normalize-and-project as a plug-in.
 
     ``prepare_model`` puts the normalisations in and finds the scale-invariant weights in the network's graph; a
@@ -275,6 +277,57 @@ class NaPPlugin(SupervisedPlugin):
         """Write the norm log."""
         if self.record is not None:
             self.log.write(self.record)
+
+    # ------------------------------------------------------------------ export
+
+    def step_ready(self, strategy: Any) -> None:
+        """Refuse what needs another run's log.
+
+        Raises:
+            NotExportable: ``rate: reference``.
+        """
+        if self._schedule is not None:
+            raise NotExportable("nap: rate reference reads another run's log; expected constant or linear")
+        self._held = None
+
+    def step_tensors(self, strategy: Any) -> dict[str, Tensor]:
+        """Number of steps (1,), where something depends on it."""
+        counted = self.every > 1 or self.rate == "linear"
+        return {"steps": torch.tensor([float(self.steps)])} if counted else {}
+
+    def step_rate(self, lr: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        """The falling rate."""
+        if self.rate != "linear":
+            return lr
+        assert self.total_steps is not None
+        return lr * (1.0 + (self.final_factor - 1.0) * torch.clamp(tensors["steps"] / self.total_steps, max=1.0))
+
+    def step_after(
+        self, weights: dict[str, Tensor], statistics: dict[str, Tensor], tensors: dict[str, Tensor], lr: Tensor
+    ) -> dict[str, Tensor]:
+        """Pull what is pulled, project."""
+        for name, anchor in self.anchors.items():
+            if name in weights:
+                share = torch.clamp(lr * self.affine_decay, max=1.0)
+                weights[name] = weights[name] + share * (anchor - weights[name])
+        moved = {name: count + 1 for name, count in tensors.items()}
+        if not self.every:
+            return moved
+        due = None if self.every == 1 else torch.remainder(moved["steps"], self.every) == 0
+        factors: dict[int, Tensor] = {}
+        for index, group in enumerate(self._plan or []):
+            if all(name in weights for name in group.parameters):
+                norm = torch.sqrt(sum((weights[n] * weights[n]).sum() for n in group.parameters))  # type: ignore[arg-type]
+                factor = torch.where(norm > 0, self.rho[index] / norm, 1.0)
+                factors[index] = factor if due is None else torch.where(due, factor, 1.0)
+        for index, factor in factors.items():
+            for name in (self._plan or [])[index].parameters:
+                weights[name] = weights[name] * factor
+            for one in (self._plan or [])[index].statistics:
+                follow = factor**one.degree
+                statistics[one.mean] = statistics[one.mean] * follow
+                statistics[one.variance] = statistics[one.variance] * follow * follow
+        return moved
 
     # ------------------------------------------------------------------ the method
 

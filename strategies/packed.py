@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from contlearn.strategies.step import exporting
+
 # A byte 0/1 per flag, eight of them read as one int64: this product moves the eight flags into its top byte, and the
 # product of a packed byte with it moves flag i to the top bit of byte i.
 _SPREAD = 0x8040201008040201 - (1 << 64)
@@ -46,8 +48,11 @@ class _PackedClamp(torch.autograd.Function):
         outside = x <= low
         if high < math.inf:
             outside.logical_or_(x >= high)
-        ctx.shape = tuple(x.shape)
-        ctx.save_for_backward(pack(outside.logical_not_()))
+        # No ONNX operator reads bits through an integer view: a graph keeps booleans, 8 bits each.
+        ctx.shape, ctx.plain = tuple(x.shape), exporting()
+        inside = outside.logical_not_()
+        ctx.save_for_backward(inside if ctx.plain else pack(inside))
+        del inside
         del outside
         if inplace:
             ctx.mark_dirty(x)
@@ -59,6 +64,8 @@ class _PackedClamp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (bits,) = ctx.saved_tensors
+        if ctx.plain:
+            return gradient * bits.to(gradient.dtype), None, None, None
         # As integers: the product keeps a passed gradient's bits (infinity too), and is the fastest way on a CPU.
         integers = gradient.view(_INTEGER[gradient.element_size()])
         return (integers * unpack(bits, ctx.shape)).view(gradient.dtype), None, None, None
@@ -180,6 +187,8 @@ class PartedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
         how = (self.stride, self.padding, self.dilation, self.groups)
+        if exporting():
+            return torch.conv2d(input, self.weight, None, *how)
         return _PartedConv.apply(input, self.weight, how)  # type: ignore[no-any-return, no-untyped-call]
 
 

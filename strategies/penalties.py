@@ -5,6 +5,7 @@ The classifier is never pulled. Sums, not means, over parameters: coefficients d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from torch.func import functional_call, grad, vmap
 
 from contlearn.errors import ContlearnError, nearest
 from contlearn.strategies.loader import BatchLoader, BatchSource
+from contlearn.strategies.step import exporting
+from contlearn.strategies.step_part import PlainStep
 from contlearn.strategies.teacher import classifier_name
 
 # Numbers of per-sample gradients held at once.
@@ -58,6 +61,10 @@ def quadratic(factor: float, parameters: list[Tensor], anchors: list[Tensor], we
 
     One node of the graph with its gradient written out: nothing of the size of the model is kept for the backward pass.
     """
+    if exporting():  # one node per parameter: a portable graph has no lists of tensors
+        gaps = [(now - then).pow(2) for now, then in zip(parameters, anchors, strict=True)]
+        parts = [gap * weight for gap, weight in zip(gaps, weights, strict=True)] if weights else gaps
+        return factor * torch.stack([part.sum() for part in parts]).sum()
     total: Tensor = _Quadratic.apply(factor, len(parameters), *parameters, *anchors, *weights)
     return total
 
@@ -90,7 +97,7 @@ def _pulls(tensors: tuple[Tensor, ...], count: int) -> list[Tensor]:
     return pulls
 
 
-class _Anchored(SupervisedPlugin):
+class _Anchored(PlainStep, SupervisedPlugin):
     """What both penalties share: which parameters, where their anchors are, and the pull towards them."""
 
     def __init__(self, coefficient: float, parameters: Sequence[str] | None) -> None:
@@ -130,6 +137,16 @@ class _Anchored(SupervisedPlugin):
                 pull.append(weights[name])
         if now:
             strategy.loss += quadratic(self._factor(), now, then, pull)
+
+    @contextlib.contextmanager
+    def step_bound(self, strategy: Any, tensors: dict[str, Tensor], masks: Any) -> Iterator[None]:
+        """While open, the anchors are these tensors."""
+        kept, anchors = self.anchors, {name.removeprefix("anchor."): held for name, held in tensors.items()}
+        self.anchors = anchors or kept
+        try:
+            yield
+        finally:
+            self.anchors = kept
 
     def _factor(self) -> float:
         return self.coefficient
@@ -187,6 +204,16 @@ class L2Plugin(_Anchored):
         """Move the anchor to the weights as they are now."""
         if self.anchor == "previous":
             self.anchors = self._copies(strategy.model)
+
+    def step_tensors(self, strategy: Any) -> dict[str, Tensor]:
+        """The anchors; those of the weights as they are, before any."""
+        return {f"anchor.{name}": held for name, held in (self.anchors or self._copies(strategy.model)).items()}
+
+    def step_copies(self, strategy: Any) -> dict[str, str]:
+        """The anchors follow after every experience."""
+        if self.anchor == "initial":
+            return {}
+        return {f"anchor.{name}": name for name in self.anchors or self._copies(strategy.model)}
 
 
 class OnlineEWCPlugin(_Anchored):

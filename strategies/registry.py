@@ -47,6 +47,11 @@ class StrategyInfo:
     source_of_defaults: str = "Avalanche 0.6.0"
 
     @property
+    def is_plugin(self) -> bool:
+        """Whether its own name stands for fine-tuning with it."""
+        return self.kind in ("plug-in", "transfer")
+
+    @property
     def composes_with(self) -> tuple[str, ...]:
         """Names of the methods that can be joined to it."""
         if self.kind == "test-time":
@@ -82,11 +87,13 @@ def _record(
     )
 
 
-def _plugin(name: str, where: str, description: str, paper: str, source: str, **more: Any) -> StrategyInfo:
+def _plugin(
+    name: str, where: str, description: str, paper: str, source: str, *, kind: Kind = "plug-in", **more: Any
+) -> StrategyInfo:
     return StrategyInfo(
         name,
         "contlearn.strategies.naive:Naive",
-        "plug-in",
+        kind,
         description,
         paper,
         "ours",
@@ -181,14 +188,45 @@ _RECORDS = (
     _plugin(
         "adab2n", "adab2n:AdaB2NPlugin", "BatchNorm with statistics balanced between tasks.", "arXiv 2310.08855",
         "the middle of the authors' grid; what they chose is not published",
+        excludes=("mobiletl",),  # as host it comes first and replaces the norms that MobileTL looks for
     ),
     _plugin(
         "nap", "nap:NaPPlugin", "Normalisation before every non-linearity, weights projected to their first norms.",
-        "arXiv 2407.01800", "arXiv 2407.01800; decay of offsets ours",
+        "arXiv 2407.01800", "arXiv 2407.01800; decay of offsets ours", excludes=("sherl", "unipt", "lst"),
     ),
     _plugin(
         "reset", "reset:ResetPlugin", "The network starts afresh at every experience: a control for plasticity.",
         "-", "ours",
+    ),
+    _plugin(
+        "mobiletl", "mobiletl:MobileTLPlugin",
+        "The last inverted residual blocks and the classifier train, at half the activations.", "arXiv 2212.03246",
+        "the authors' figures; head layers and the number of blocks ours", kind="transfer",
+    ),
+    _plugin(
+        "sherl", "sherl:SHERLPlugin", "Frozen backbone, an early route over its features, its last block run again.",
+        "arXiv 2407.07523", "the authors' code; width in proportion on other hosts", kind="transfer",
+        excludes=("nap", "unipt", "lst"),
+    ),
+    _plugin(
+        "unipt", "unipt:UniPTPlugin", "Frozen backbone, a parallel module over its features.", "arXiv 2308.14316",
+        "the authors' code; width in proportion on other hosts", kind="transfer", excludes=("nap", "sherl", "lst"),
+    ),
+    _plugin(
+        "lst", "lst:LSTPlugin", "Frozen backbone, a narrow ladder network beside it.", "arXiv 2206.06522",
+        "arXiv 2206.06522", kind="transfer", excludes=("nap", "sherl", "unipt"),
+    ),
+    _plugin(
+        "tinytl", "tinytl:TinyTLPlugin", "Frozen weights; biases and lite residual modules train.", "arXiv 2007.11622",
+        "arXiv 2007.11622", kind="transfer",
+    ),
+    _plugin(
+        "lean", "lean:LeanPlugin", "Frozen layers keep for backward only what the derivative needs.",
+        "arXiv 2404.12406", "ours", kind="transfer",
+    ),
+    _plugin(
+        "mesa", "mesa:MesaPlugin", "What is kept for backward is compressed to 8 bits.", "arXiv 2111.11124",
+        "the authors' code; ranges of each batch ours",
     ),
     _adapter(
         "source", "source:Source", "No adaptation: the source model as it is.", "-",

@@ -5,6 +5,8 @@ Smith et al., "A Closer Look at Rehearsal-Free Continual Learning" (arXiv 2203.1
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -12,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contlearn.errors import ContlearnError
+from contlearn.models._growing_head import UNSEEN
 from contlearn.models._task_head import TaskHead
 from contlearn.strategies.distillation import FeatKDPlugin, PredKDPlugin, SeenClasses
 from contlearn.strategies.penalties import L2Plugin, OnlineEWCPlugin
+from contlearn.strategies.step_part import Masks
 from contlearn.strategies.teacher import classifier_name
 from contlearn.strategies.template import SupervisedTemplate
 
@@ -50,6 +54,8 @@ class RehearsalFree(SupervisedTemplate):
         ContlearnError: a value out of range, or a plug-in that an option has brought already.
     """
 
+    checkpoint_exclude = ("_masks",)
+
     def __init__(
         self,
         *,
@@ -78,6 +84,7 @@ class RehearsalFree(SupervisedTemplate):
         self.loss_scale = loss_scale
         self.update_mode = update_mode
         self.classes = SeenClasses()
+        self._masks: Masks | None = None
         binary = class_loss in ("bce", "bce_local")
         self.pred_kd = pred_kd or class_loss == "ce_kd"
         terms: list[Any] = []
@@ -114,6 +121,8 @@ class RehearsalFree(SupervisedTemplate):
         """The class loss while training; in evaluation the plain criterion (cross-entropy)."""
         if not self.is_training:
             return super().criterion()  # type: ignore[no-any-return]
+        if self._masks is not None:
+            return self._masked_loss(self._masks)
         output, target, seen = self.mb_output, self.mb_y, self.classes.seen
         tasks = self.mb_task_id if isinstance(getattr(self.model, "head", None), TaskHead) else None
         if self.class_loss == "bce" and self.pred_kd and self.classes.old:
@@ -124,6 +133,31 @@ class RehearsalFree(SupervisedTemplate):
         if self.class_loss in ("bce_local", "ce_local"):
             return self.local_loss(output, target, tasks)
         return softmax_loss(output, target, seen)
+
+    @contextlib.contextmanager
+    def step_bound(self, masks: Masks, given: dict[str, Tensor]) -> Iterator[None]:
+        """While open, the classes are given by masks."""
+        self._masks = masks
+        if self.update_mode == "eval":
+            set_encoder_to_eval(self.model)
+        try:
+            yield
+        finally:
+            self._masks = None
+            self.model.train()
+
+    def _masked_loss(self, masks: Masks) -> Tensor:
+        """The class loss with the classes given by masks."""
+        output, target = self.mb_output, self.mb_y
+        local = self.class_loss in ("bce_local", "ce_local")
+        columns = masks.new if local or (self.class_loss == "bce" and self.pred_kd) else masks.seen
+        if self.class_loss not in ("bce", "bce_local"):
+            columns = masks.new if local else masks.seen
+            return F.cross_entropy(torch.where(columns > 0, output, UNSEEN), target)
+        one_hot = (target[:, None] == torch.arange(output.shape[1])).to(output.dtype)
+        each = F.binary_cross_entropy_with_logits(output, one_hot, reduction="none") * columns
+        count = len(target) * (masks.new if local else masks.seen).sum()
+        return self.loss_scale * each.sum() / count
 
     def local_loss(self, output: Tensor, target: Tensor, task_labels: Tensor | None) -> Tensor:
         """The class loss over the columns of the current experience alone; EWC takes its Fisher from it.

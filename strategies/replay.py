@@ -7,12 +7,14 @@ from typing import Any
 from avalanche.training.plugins import ReplayPlugin as AvalancheReplayPlugin
 
 from contlearn.strategies.loader import BatchLoader, BatchSource, CyclingSampler, ReplayLoader
-from contlearn.strategies.memories import Policy, require_positive, storage_policy, take_in
+from contlearn.strategies.memories import Policy, device_policy, require_positive, storage_policy, take_in
 from contlearn.strategies.rehearsal import Rehearsal
+from contlearn.strategies.step import Memory
+from contlearn.strategies.step_part import PlainStep
 from contlearn.strategies.template import SupervisedTemplate
 
 
-class ReplayPlugin(AvalancheReplayPlugin):
+class ReplayPlugin(AvalancheReplayPlugin, PlainStep):
     """Avalanche's replay plug-in; on our template its batches are gathered as tensors.
 
     Args:
@@ -22,6 +24,8 @@ class ReplayPlugin(AvalancheReplayPlugin):
     """
 
     memory_names = {"storage_policy": "reservoir_weights"}
+    checkpoint_exclude = ("_batch",)
+    _batch = 0
 
     def __init__(
         self, memory_size: int = 200, *, policy: Policy = "class_balanced", batch_size_memory: int | None = None
@@ -54,6 +58,14 @@ class ReplayPlugin(AvalancheReplayPlugin):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Take in the experience."""
         take_in(self.storage_policy, strategy, strategy.experience)
+
+    def step_ready(self, strategy: Any) -> None:
+        """As many exemplars as samples, unless told otherwise."""
+        self._batch = self.batch_size_mem or strategy.train_mb_size
+
+    def step_memory(self) -> Memory:
+        """The memory that a device keeps."""
+        return Memory(self.storage_policy.max_size, device_policy(self.storage_policy), self._batch)
 
 
 class Replay(Rehearsal):

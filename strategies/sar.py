@@ -68,6 +68,8 @@ class SAR(Tent):
         self.ema: float | None = None
         self.recoveries: list[int] = []
 
+    not_exportable = "it goes back to its start by what it sees over time; export tent, which the runner guards"
+
     def layers(self) -> Iterator[nn.Module]:
         """The normalisation layers that adapt: all, or those below the top."""
         top = top_of(self.model) if self.freeze_top else None

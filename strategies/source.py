@@ -11,6 +11,7 @@ class Source(Adapter):
     """No adaptation: the model in evaluation mode. Stores nothing."""
 
     watched_for_collapse = False
+    not_exportable = "it adapts nothing; export the model itself as an inference graph"
 
     def configure(self) -> None:
         """Nothing adapts."""

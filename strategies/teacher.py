@@ -15,6 +15,8 @@ from avalanche.models import avalanche_forward
 from torch import Tensor, nn
 
 from contlearn.errors import ContlearnError
+from contlearn.models._growing_head import GrowingHead
+from contlearn.strategies.step_part import PlainStep
 
 _CLASSIFIERS = ("head", "classifier", "fc")
 
@@ -138,7 +140,7 @@ class Teacher:
         self.student, self._passes = Pass(), []
 
 
-class TeacherPlugin(SupervisedPlugin):
+class TeacherPlugin(PlainStep, SupervisedPlugin):
     """Base of plug-ins that distil: all of a strategy's share one :class:`Teacher`, and the first keeps it.
 
     Attributes:
@@ -181,6 +183,29 @@ class TeacherPlugin(SupervisedPlugin):
         """Take the model as it is now."""
         if self._leads(strategy):
             self.teacher.take(strategy.model)
+
+    def step_ready(self, strategy: Any) -> None:
+        """There is a teacher with as many outputs as the model."""
+        if self.teacher.model is None:
+            self.teacher.take(strategy.model)
+        head = getattr(self.teacher.model, "head", None)
+        if isinstance(head, GrowingHead):
+            head.grow(strategy.model.head.out_features)
+            head.requires_grad_(False)
+
+    def step_modules(self, strategy: Any) -> dict[str, nn.Module]:
+        """The teacher, once."""
+        model = self.teacher.model
+        return {"teacher": model} if model is not None and self._leads(strategy) else {}
+
+    def step_copies(self, strategy: Any) -> dict[str, str]:
+        """The teacher is the model after each experience."""
+        modules = self.step_modules(strategy).items()
+        return {f"{name}.{key}": key for name, model in modules for key in model.state_dict()}
+
+    def step_forget(self) -> None:
+        """Let go of the batch."""
+        self.teacher.forget()
 
     def _leads(self, strategy: Any) -> bool:
         return next(plugin for plugin in strategy.plugins if isinstance(plugin, TeacherPlugin)) is self

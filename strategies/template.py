@@ -25,14 +25,15 @@ from contlearn.errors import ContlearnError, Interrupted
 from contlearn.strategies import schedule
 from contlearn.strategies.loader import BatchLoader, BatchSource
 
-OptimizerName = Literal["sgd", "adam", "adamw"]
+OptimizerName = Literal["sgd", "adam", "adamw", "sinkgd"]
 _NO_OPS = (BasePlugin, BaseSGDPlugin, SupervisedPlugin)
 
 
 def make_optimizer(
-    name: OptimizerName, parameters: Iterator[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
-) -> Optimizer:
-    """A torch optimizer by name.
+    name: OptimizerName, parameters: Iterator[nn.Parameter], *, lr: float, momentum: float, weight_decay: float,
+    model: nn.Module | None = None,
+) -> Optimizer:  # fmt: skip
+    """An optimizer by name; ``model`` tells ``sinkgd`` which of the parameters are its output layer.
 
     Raises:
         ContlearnError: unknown name, or momentum given to an optimizer that has none.
@@ -48,7 +49,12 @@ def make_optimizer(
         return torch.optim.Adam(trainable, lr=lr, weight_decay=weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay)
-    raise ContlearnError(f"optimizer: expected sgd, adam or adamw, got {name!r}")
+    if name == "sinkgd":
+        from contlearn.strategies.sinkgd import SinkGD, parameter_groups
+
+        groups = trainable if model is None else parameter_groups(model, trainable)
+        return SinkGD(groups, lr, weight_decay=weight_decay)
+    raise ContlearnError(f"optimizer: expected sgd, adam, adamw or sinkgd, got {name!r}")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -75,10 +81,10 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         lr: learning rate at the start of each experience.
         epochs: passes over each experience.
         batch_size: samples of the current experience per iteration.
-        optimizer: ``sgd``, ``adam``, ``adamw``, or a torch ``Optimizer`` (Python only; then ``lr``, ``momentum`` and
-            ``weight_decay`` are read from it).
+        optimizer: ``sgd``, ``adam``, ``adamw``, ``sinkgd`` (normalised gradients, see ``SinkGD``), or a torch
+            ``Optimizer`` (Python only; then ``lr``, ``momentum`` and ``weight_decay`` are read from it).
         momentum: momentum of ``sgd``.
-        weight_decay: L2 penalty of ``sgd`` and ``adam``, decoupled decay of ``adamw``.
+        weight_decay: L2 penalty of ``sgd`` and ``adam``, decoupled decay of ``adamw`` and ``sinkgd``.
         reset_optimizer: forget momenta and moments at the start of each experience.
         lr_schedule: how the learning rate moves inside an experience; it starts anew in each.
         milestones: epochs at which ``multistep`` multiplies the rate by ``gamma``.
@@ -142,7 +148,7 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
                 prepare(model)
         if not isinstance(optimizer, Optimizer):
             optimizer = make_optimizer(
-                optimizer, model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
+                optimizer, model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, model=model
             )
         super().__init__(
             model=model,
@@ -262,6 +268,33 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         if self.amp == "none":
             return contextlib.nullcontext()
         return torch.autocast("cuda", dtype=torch.bfloat16 if self.amp == "bf16" else torch.float16)
+
+    # ------------------------------------------------------------------ export
+
+    not_exportable = ""
+    """Why its step cannot run on a device; empty if it can."""
+
+    def declare_step(self, *, batch_size: int, input_shape: Sequence[int], **options: Any) -> Any:
+        """The training step as a pure function (:class:`contlearn.strategies.step.Step`).
+
+        Args:
+            batch_size: samples of the current experience per step.
+            input_shape: (channels, height, width).
+            options: of :func:`contlearn.strategies.supervised_step.supervised_step`.
+        """
+        from contlearn.strategies.supervised_step import supervised_step
+
+        return supervised_step(self, batch_size=batch_size, input_shape=input_shape, **options)
+
+    def step_batch(self, x: Tensor, y: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
+        """The batch ``[x, y, task labels]`` of an exported step; exemplars, where there are any, follow."""
+        if "x_memory" in given:
+            x, y = torch.cat([x, given["x_memory"]]), torch.cat([y, given["y_memory"]])
+        return [x, y, torch.zeros_like(y)]
+
+    def step_bound(self, masks: Any, given: dict[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """While open, the loss looks at these masks of classes."""
+        return contextlib.nullcontext()
 
     # ------------------------------------------------------------------ loops
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from contlearn import config, strategies
+from contlearn import config, models, strategies
 from contlearn.errors import ContlearnError
+from contlearn.models import Classifier, GrowingHead
+from contlearn.models._resnet18 import SmallImageResNet18
 from contlearn.strategies.adapter import Adapter
 from contlearn.strategies.registry import STRATEGIES, StrategyInfo
 from contlearn.strategies.template import SupervisedTemplate
@@ -50,16 +52,45 @@ OWN = {
         "reference_scale", "reference_power", "record", "log_size", "input_shape",
     },
     "reset": {"to", "head", "moments"},
+    "mobiletl": {
+        "blocks", "head_layers", "activation_backward", "last_norm", "trunk_int8", "trunk_batch", "cache_trunk",
+    },
+    "sherl": {
+        "width", "features", "late", "down", "up", "redundancy", "residual", "temperature", "dropout", "eps", "packed",
+        "seed",
+    },
+    "unipt": {"width", "confidence", "eps", "seed"},
+    "lst": {"factor", "dropped", "temperature", "init", "seed"},
+    "tinytl": {"blocks", "biases", "kernel", "groups", "seed"},
+    "lean": {"frozen_norms", "packed"},
+    "mesa": {"groups", "rounding", "ranges", "decay", "min_elements"},
 }  # fmt: skip
 
 ADAPTERS = ("source", "bn_stats", "tent", "eata", "cotta", "sar", "ecotta")
-SUPERVISED = strategies.list(kind=("class-incremental", "plug-in"))
+SUPERVISED = strategies.list(kind=("class-incremental", "plug-in", "transfer"))
 
 
 @pytest.fixture
 def network(small, normed):
-    """``network(name, stream)``: the small network, with BatchNorm for a method that replaces it."""
-    return lambda name, stream: normed(stream) if name == "adab2n" else small(stream)
+    """``network(name, stream)``: the small network, or one with what a method looks for."""
+
+    def make(name, stream):
+        if name in ("mobiletl", "tinytl"):
+            return models.create("test_efficientnet", stream, seed=0)  # inverted residual blocks
+        if name in ("sherl", "unipt", "lst"):
+            return staged(stream)
+        return normed(stream) if name == "adab2n" else small(stream)
+
+    return make
+
+
+def staged(stream):
+    """A tiny ResNet of several stages."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Classifier(SmallImageResNet18(1, 2), GrowingHead(16), feature_dim=16)
+    model.input_shape = stream.input_shape
+    return model
 
 
 @pytest.mark.parametrize("name", SUPERVISED)
@@ -114,6 +145,10 @@ def changed(name: str) -> dict[str, object]:
         "parameters": ["backbone.layers.0.0.*"], "scale": 2.0, "kind": "softmax", "mu": 0.5, "every": 3, "norm": "rms",
         "affine": "fixed", "affine_decay": 0.1, "rate": "linear", "total_steps": 30, "final_factor": 0.1,
         "reference_scale": "layer", "reference_power": 2, "log_size": 16, "to": "fresh", "head": True, "moments": False,
+        "blocks": 2, "head_layers": "frozen", "activation_backward": "exact", "last_norm": "running",
+        "trunk_int8": True, "trunk_batch": 4, "cache_trunk": True, "width": 12, "late": "none", "redundancy": "detached", "residual": "none", "dropout": 0.2, "eps": 1e-6, "packed": False,
+        "seed": 3, "confidence": "merged", "factor": 4, "init": "random", "biases": False, "kernel": 3, "groups": 1,
+        "frozen_norms": "running", "rounding": "nearest", "ranges": "ema", "decay": 0.8, "min_elements": 16,
     }  # fmt: skip
     return {key: value for key, value in others.items() if key in strategies.parameters(name)}
 
@@ -209,8 +244,10 @@ def test_the_list_can_be_narrowed() -> None:
     assert strategies.list(kind="test-time") == list(ADAPTERS)
     assert strategies.list("der*") == ["der", "derpp"]
     plugins = strategies.list(kind="plug-in")
-    assert plugins == ["l2", "online_ewc", "pred_kd", "feat_kd", "adab2n", "nap", "reset"]
-    assert strategies.list(joinable=True) == ["replay", "lwf", "ewc", "si", "agem", *plugins]
+    assert plugins == ["l2", "online_ewc", "pred_kd", "feat_kd", "adab2n", "nap", "reset", "mesa"]
+    transfer = strategies.list(kind="transfer")
+    assert transfer == ["mobiletl", "sherl", "unipt", "lst", "tinytl", "lean"]
+    assert set(strategies.list(joinable=True)) == {"replay", "lwf", "ewc", "si", "agem", *plugins, *transfer}
     assert set(strategies.list(joinable=False)) == {*OWN, *ADAPTERS} - set(strategies.list(joinable=True))
 
 
