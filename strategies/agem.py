@@ -27,6 +27,8 @@ class AGEMPlugin(AvalancheAGEMPlugin):
             (2 of 50 exemplars at a share of 16). The paper draws a full random sample at every step.
     """
 
+    not_exportable = "it takes two gradients per step and its memory is by experience; export replay or er_ace"
+
     def __init__(
         self, patterns_per_experience: int = 50, sample_size: int = 64, *, partial_batches: bool = False
     ) -> None:

@@ -37,6 +37,8 @@ class DER(Rehearsal):
         kwargs: options of the training loop.
     """
 
+    not_exportable = "its exemplars keep logits, which the runner's memory does not hold; export replay or er_ace"
+
     def __init__(
         self,
         *,

@@ -44,6 +44,8 @@ class GDumb(Rehearsal):
         kwargs: options of the training loop.
     """
 
+    not_exportable = "it trains from scratch on its memory; a device adapts what it has; export replay"
+
     def __init__(self, *, memory_size: int = 200, memory_budget: int | str | None = None, **kwargs: Any) -> None:
         super().__init__(memory_budget=memory_budget, **kwargs)
         self.gdumb = GDumbPlugin(memory_size)

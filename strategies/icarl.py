@@ -37,6 +37,8 @@ class ICaRL(Rehearsal):
         kwargs: options of the training loop.
     """
 
+    not_exportable = "its exemplars are herded by features, which the runner does not compute; export replay"
+
     memory_names = {"teacher": "teacher", "_means": "class_means"}
     checkpoint_exclude = ("_means",)
 

@@ -17,6 +17,8 @@ class Joint(SupervisedTemplate):
     ``train`` takes the whole stream at once; the accuracy matrix of a run has one row. Hooks see the last experience.
     """
 
+    not_exportable = "it trains on the data of all experiences at once, which a device does not have"
+
     trains_jointly = True
 
     def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
@@ -47,6 +49,8 @@ class Joint(SupervisedTemplate):
 
 class Cumulative(SupervisedTemplate):
     """Train on all data seen so far at every experience; the model is not reset in between."""
+
+    not_exportable = "it trains on all data seen so far, which a device does not keep; export replay"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -36,6 +36,8 @@ class MesaPlugin(SupervisedPlugin):
         averages: ranges under ``ema``: minimum and extent (2, groups) by place.
     """
 
+    not_exportable = "it compresses what autograd keeps, and an exported graph has none; export without it"
+
     memory_names = {"averages": "activation_ranges"}
     checkpoint_exclude = ("_operations",)
     memory_exclude = ("_operations",)

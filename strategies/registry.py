@@ -27,7 +27,8 @@ class StrategyInfo:
         implementation: whose code does the method's own work: Avalanche's, or ours and why.
         plugin: import string of the plug-in that does its work; empty for methods that cannot be joined to another.
         excludes: methods that cannot be joined to it.
-        exportable: whether its training step can be exported to a device.
+        exportable: whether its training step can be exported to a device; where it cannot, its class says why
+            (``not_exportable``).
         status: ``stable`` once its "must show" figures were seen.
         defaults: method options that differ from the class's own defaults.
         source_of_defaults: where the defaults come from.
@@ -41,7 +42,7 @@ class StrategyInfo:
     implementation: str
     plugin: str = ""
     excludes: tuple[str, ...] = ()
-    exportable: bool = False
+    exportable: bool = True
     status: str = "stable"
     defaults: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     source_of_defaults: str = "Avalanche 0.6.0"
@@ -119,8 +120,14 @@ def _adapter(name: str, where: str, description: str, paper: str, **more: Any) -
 
 _RECORDS = (
     _record("naive", "naive:Naive", "Fine-tuning on each experience; the lower bound.", "-", "ours (the template)"),
-    _record("joint", "joint:Joint", "One training on all data at once; the upper bound.", "-", "ours (the template)"),
-    _record("cumulative", "joint:Cumulative", "Training on all data seen so far.", "-", "ours (the template)"),
+    _record(
+        "joint", "joint:Joint", "One training on all data at once; the upper bound.", "-", "ours (the template)",
+        exportable=False,
+    ),
+    _record(
+        "cumulative", "joint:Cumulative", "Training on all data seen so far.", "-", "ours (the template)",
+        exportable=False,
+    ),
     _record(
         "replay", "replay:Replay", "Rehearsal from a memory (reservoir, balanced, herding).", "arXiv 1902.10486",
         "Avalanche plug-in and buffers; herding ours (Avalanche re-herds old exemplars)", plugin="replay:ReplayPlugin",
@@ -132,10 +139,12 @@ _RECORDS = (
     _record(
         "der", "der:DER", "Dark experience replay: exemplars matched to the logits they had.", "arXiv 2004.07211",
         "ours (Avalanche's fails once the head grows)", defaults=MappingProxyType({"beta": 0.0}),
+        exportable=False,
     ),
     _record(
         "derpp", "der:DER", "Dark experience replay with labels (DER++).", "arXiv 2004.07211",
         "ours (Avalanche's fails once the head grows)", defaults=MappingProxyType({"alpha": 0.1, "beta": 0.5}),
+        exportable=False,
     ),
     _record(
         "lwf", "lwf:LwF", "Distillation from the model after the last experience.", "arXiv 1606.09282",
@@ -149,18 +158,21 @@ _RECORDS = (
         "si", "si:SI", "Penalty from each weight's share in the fall of the loss.", "arXiv 1703.04200",
         "ours (Avalanche's does nothing on the CPU)", plugin="si:SIPlugin",
         source_of_defaults="arXiv 1703.04200; cap of arXiv 1806.08568",
+        exportable=False,
     ),
     _record(
         "agem", "agem:AGEM", "Gradients that would hurt the memory are projected.", "arXiv 1812.00420",
         "Avalanche plug-in, batched and resumable memory", plugin="agem:AGEMPlugin",
+        exportable=False,
     ),
     _record(
         "gdumb", "gdumb:GDumb", "Train from scratch on a greedy class-balanced memory.", "ECCV 2020 (Prabhu et al.)",
-        "Avalanche plug-in", excludes=("reset",),  # it starts afresh by itself
+        "Avalanche plug-in", exportable=False, excludes=("reset",),  # it starts afresh by itself
     ),
     _record(
         "icarl", "icarl:ICaRL", "Herded exemplars, distillation, nearest class mean.", "arXiv 1611.07725",
         "ours (Avalanche's needs the deprecated benchmarks)", source_of_defaults="arXiv 1611.07725",
+        exportable=False,
     ),
     _record(
         "rehearsal_free", "rehearsal_free:RehearsalFree",
@@ -227,9 +239,11 @@ _RECORDS = (
     _plugin(
         "mesa", "mesa:MesaPlugin", "What is kept for backward is compressed to 8 bits.", "arXiv 2111.11124",
         "the authors' code; ranges of each batch ours",
+        exportable=False,
     ),
     _adapter(
         "source", "source:Source", "No adaptation: the source model as it is.", "-",
+        exportable=False,
     ),
     _adapter(
         "bn_stats", "bn_stats:BNStats", "BatchNorm statistics of the test batch, mixed with the source's.",
@@ -240,8 +254,12 @@ _RECORDS = (
     _adapter(
         "cotta", "cotta:CoTTA", "Averaged teacher, averaged augmentations, stochastic restoration.",
         "arXiv 2203.13591",
+        exportable=False,
     ),
-    _adapter("sar", "sar:SAR", "Sharpness-aware TENT on certain samples, with recovery.", "arXiv 2302.12400"),
+    _adapter(
+        "sar", "sar:SAR", "Sharpness-aware TENT on certain samples, with recovery.", "arXiv 2302.12400",
+        exportable=False,
+    ),
     _adapter(
         "ecotta", "ecotta:EcoTTA", "Small meta parts adapt a frozen network, partition by partition (patented).",
         "arXiv 2303.01904",

@@ -30,6 +30,8 @@ class SIPlugin(SupervisedPlugin):
         max_importance: cap of the importance of a parameter; ``None`` for none.
     """
 
+    not_exportable = "its importance follows every step of every weight, beside the graph; export l2 or ewc"
+
     memory_names = {
         "importance": "importance",
         "anchor": "anchor",

@@ -83,7 +83,7 @@ class Step:
         classes: number of outputs.
         open_classes: labels trained on so far; the class mask is 1 there.
         memory: kept by the runner.
-        copies: at the end of an experience the runner copies state ``source`` to state ``target``: ``{target: source}``.
+        copies: at the end of an experience the runner copies state ``source`` to ``target``: ``{target: source}``.
         hyperparameters: for the manifest.
     """
 
@@ -162,7 +162,7 @@ def moving_buffers(model: nn.Module, function: Callable[[Tensors], Any]) -> list
     return [
         name
         for name, held in copies.items()
-        if held._version != before[name] and not name.rpartition(".")[2] == "num_batches_tracked"
+        if held._version != before[name] and name.rpartition(".")[2] != "num_batches_tracked"
     ]
 
 

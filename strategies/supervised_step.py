@@ -49,9 +49,9 @@ def supervised_step(
     if isinstance(model, MultiTaskModule):
         raise NotExportable("model: a head per task needs task labels on the device; expected a single head")
     parts = [plugin for plugin in strategy.plugins if _concerned(plugin)]
-    for plugin in (strategy, *parts):
+    for plugin in (strategy, *strategy.plugins):
         reason = getattr(plugin, "not_exportable", "")
-        if reason or not (plugin is strategy or isinstance(plugin, PlainStep)):
+        if reason or (plugin in parts and not isinstance(plugin, PlainStep)):
             raise NotExportable(f"{type(plugin).__name__}: {reason or 'a plug-in that declares no step'}")
     before = getattr(getattr(model, "head", None), "out_features", 0)
     _make_room(strategy, classes)
@@ -62,11 +62,16 @@ def supervised_step(
         getattr(part, "before_training", _nothing)(strategy)
         part.step_ready(strategy)
 
-    memory: Memory | None = next((m for m in (one.step_memory() for one in (strategy, *parts) if hasattr(one, "step_memory")) if m), None)
+    memories = [one.step_memory() for one in (strategy, *parts) if hasattr(one, "step_memory")]
+    memory: Memory | None = memories[0] if memories else None
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     update = Update(strategy.optimizer, trained)
     own = {f"method.{k}.{name}": t for k, part in enumerate(parts) for name, t in part.step_tensors(strategy).items()}
-    beside = {f"method.{k}.{name}": m for k, part in enumerate(parts) for name, m in part.step_modules(strategy).items()}
+    beside = {
+        f"method.{k}.{name}": module
+        for k, part in enumerate(parts)
+        for name, module in part.step_modules(strategy).items()
+    }
     for prefix, module in beside.items():
         own.update({f"{prefix}.{name}": t for name, t in module.state_dict().items() if t.is_floating_point()})
     inputs = _inputs(batch_size, tuple(input_shape), outputs, memory)
@@ -167,7 +172,7 @@ def _make_room(strategy: Any, classes: int | None) -> None:
             raise ContlearnError(f"classes: the model's head has {head.out_features} outputs, got {classes}")
         return
     if head.out_features > classes:
-        raise ContlearnError(f"classes: expected at least {head.out_features}, which the head has already, got {classes}")
+        raise ContlearnError(f"classes: expected at least {head.out_features}, which the head has, got {classes}")
     from avalanche.models.dynamic_optimizers import update_optimizer
 
     before = dict(strategy.model.named_parameters())

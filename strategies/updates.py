@@ -124,10 +124,9 @@ class Update:
 def _rule(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, scale: float) -> Rule:
     if isinstance(optimizer, torch.optim.SGD):
         return Rule("sgd", scale, group)
-    if isinstance(optimizer, torch.optim.AdamW) or (type(optimizer) is torch.optim.Adam and group.get("decoupled_weight_decay")):
-        return Rule("adamw", scale, group)
-    if isinstance(optimizer, torch.optim.Adam):
-        return Rule("adam", scale, group)
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay")
+        return Rule("adamw" if decoupled else "adam", scale, group)
     if isinstance(optimizer, SinkGD):
         if group["adam"] or not is_matrix(parameter):
             return Rule("adamw", scale * group["adam_scale"], group)

@@ -113,7 +113,8 @@ def test_every_record_is_filled_in(name) -> None:
     record = strategies.describe(name)
     assert record.name == name
     for field in dataclasses.fields(record):
-        assert field.name in ("exportable", "defaults", "plugin", "excludes") or getattr(record, field.name), field.name
+        optional = ("exportable", "defaults", "plugin", "excludes")
+        assert field.name in optional or getattr(record, field.name), field.name
     assert len(record.description) < 100 and record.description.endswith(".")
     adapts = record.kind == "test-time"
     assert issubclass(record.load(), Adapter if adapts else SupervisedTemplate)
@@ -146,7 +147,8 @@ def changed(name: str) -> dict[str, object]:
         "affine": "fixed", "affine_decay": 0.1, "rate": "linear", "total_steps": 30, "final_factor": 0.1,
         "reference_scale": "layer", "reference_power": 2, "log_size": 16, "to": "fresh", "head": True, "moments": False,
         "blocks": 2, "head_layers": "frozen", "activation_backward": "exact", "last_norm": "running",
-        "trunk_int8": True, "trunk_batch": 4, "cache_trunk": True, "width": 12, "late": "none", "redundancy": "detached", "residual": "none", "dropout": 0.2, "eps": 1e-6, "packed": False,
+        "trunk_int8": True, "trunk_batch": 4, "cache_trunk": True, "width": 12, "late": "none", "redundancy":
+        "detached", "residual": "none", "dropout": 0.2, "eps": 1e-6, "packed": False,
         "seed": 3, "confidence": "merged", "factor": 4, "init": "random", "biases": False, "kernel": 3, "groups": 1,
         "frozen_norms": "running", "rounding": "nearest", "ranges": "ema", "decay": 0.8, "min_elements": 16,
     }  # fmt: skip
