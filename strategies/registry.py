@@ -214,6 +214,7 @@ _RECORDS = (
         "mobiletl", "mobiletl:MobileTLPlugin",
         "The last inverted residual blocks and the classifier train, at half the activations.", "arXiv 2212.03246",
         "the authors' figures; head layers and the number of blocks ours", kind="transfer",
+        excludes=("lean", "tinytl"),
     ),
     _plugin(
         "sherl", "sherl:SHERLPlugin", "Frozen backbone, an early route over its features, its last block run again.",
@@ -229,16 +230,17 @@ _RECORDS = (
         "arXiv 2206.06522", kind="transfer", excludes=("nap", "sherl", "unipt"),
     ),
     _plugin(
-        "tinytl", "tinytl:TinyTLPlugin", "Frozen weights; biases and lite residual modules train.", "arXiv 2007.11622",
-        "arXiv 2007.11622", kind="transfer",
+        "tinytl", "tinytl:TinyTLPlugin", "Biases and small residual branches train beside frozen blocks.",
+        "arXiv 2007.11622", "the released code; branches start at random", kind="transfer",
+        excludes=("lean", "mobiletl"),
     ),
     _plugin(
         "lean", "lean:LeanPlugin", "Frozen layers keep for backward only what the derivative needs.",
-        "arXiv 2404.12406", "ours", kind="transfer",
+        "arXiv 2404.12406", "ours", kind="transfer", excludes=("tinytl", "mobiletl"),
     ),
     _plugin(
-        "mesa", "mesa:MesaPlugin", "What is kept for backward is compressed to 8 bits.", "arXiv 2111.11124",
-        "the authors' code; ranges of each batch ours",
+        "mesa", "mesa:MesaPlugin", "What is saved for the backward pass in 8 bits or 1; the forward is exact.",
+        "arXiv 2111.11124", "arXiv 2111.11124; groups and ranges of each batch ours",
         exportable=False,
     ),
     _adapter(

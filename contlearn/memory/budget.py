@@ -75,8 +75,11 @@ def fixed_bytes(strategy: Any, stream: Any) -> int:
         if hasattr(plugin, "kept_bytes"):
             total += plugin.kept_bytes(model, experiences=len(stream.train_stream), head_rows=head)
     if not strategy.reset_optimizer:
-        moments = 2 if spec["optimizer"] in ("adam", "adamw") else int(bool(spec["momentum"]))
-        total += moments * trainable
+        if hasattr(strategy.optimizer, "moment_bytes"):  # SinkGD: matrices keep nothing, the head Adam's moments
+            total += strategy.optimizer.moment_bytes() + 2 * head
+        else:
+            moments = 2 if spec["optimizer"] in ("adam", "adamw") else int(bool(spec["momentum"]))
+            total += moments * trainable
     return int(total)
 
 

@@ -59,7 +59,8 @@ def create(
         weights: Weights of the backbone: a local file (.safetensors, .pth, .pt, .bin; tensors only), or
             ``"imagenet"`` for ``efficientnet_lite0``.
         trainable: What of the backbone trains: patterns over parameter names (``stage3.*``), ``qkv`` (the query, key
-            and value projections of every self-attention block), ``norms``, or ``head`` (nothing of it). The rest
+            and value projections of every self-attention block), ``norms``, ``biases``, ``last_blocks:K`` (the last K
+            blocks and what follows them), ``all``, or ``head`` (nothing of it). The rest
             is frozen; the head always trains. None trains everything.
         options: Options of the model; see the factory that ``describe(name)`` names.
 

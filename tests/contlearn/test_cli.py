@@ -116,7 +116,7 @@ def test_commands(arguments: list[str], said: list[str], refused: Refused) -> No
         (["--strategy.epochs=0"], ["epochs: expected at least 1, got 0"]),
         (["--strategy.batch_size=" + "9" * 30], ["strategy.batch_size: expected a finite number below 2**63"]),
         (["--strategy.reset_optimizer=maybe"], ["strategy.reset_optimizer: expected true or false, got 'maybe'"]),
-        (["--strategy.optimizer=sdg"], ["expected one of sgd, adam, adamw, got 'sdg'; did you mean 'sgd'?"]),
+        (["--strategy.optimizer=sdg"], ["expected one of sgd, adam, adamw, sinkgd, got 'sdg'; did you mean 'sgd'?"]),
         (["--strategy.momentum=0.9", "--strategy.optimizer=adam"], ["momentum", "adam", "got 0.9"]),
         (["--strategy.milestones=[a]"], ["strategy.milestones: expected a list of whole numbers, got '[a]'"]),
         (["--strategy.lr_schedule=multistep"], ["milestones"]),

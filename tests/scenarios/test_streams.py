@@ -170,6 +170,7 @@ OPTIONS = {
     "blurry": {"disjoint_ratio": 0.3, "blurry_ratio": 0.2, "stochastic": False, "seed": 2},
     "label_reshuffle": {"n_experiences": 3, "samples": 40, "labels": "permuted", "seed": 2},
     "input_permutation": {"n_experiences": 2, "samples": 40, "seed": 1},
+    "transfer": {"samples": 60, "test_samples": 30, "seed": 2},
     "corruptions": {
         "dataset": "digits", "corruptions": ("fog", "snow"), "order": "dirichlet", "samples": 50, "seed": 4,
     },
