@@ -93,8 +93,12 @@ def convolution(shape: tuple[int, ...], batch: int, threads: int, repeats: int, 
     }
     wholes = {
         "dX": (
-            {name: with_rest(form, [size] * 2, how) for name, form in INPUT_FORMS.items()},
-            (gradient, weight), [True, False, False], choose_input(PROFILES["onnxruntime"], how),
+            {
+                name: with_rest(form, [size] * 2, how)
+                for name, form in INPUT_FORMS.items()
+                if name != "pixels" or (depthwise and size**4 <= 40_000)
+            },
+            (gradient, weight), [True, False, False], choose_input(gradient.shape, x.shape, how),
         ),
         "dW": (
             usable, (gradient, x), [False, True, False],

@@ -3,8 +3,8 @@
     python benchmarks/tta.py [--parts table memory rounds batches] [--seeds 3] [--jobs 2] [--out FILE]
 
 `table`: WRN-16-2 trained on clean images (4,000, 16x16 pixels, 5 epochs, seeded, cached), then the 15 corruptions at
-severity 5 one after another without a reset, all 1,000 test images each in batches of 64; EcoTTA's meta parts are warmed
-up for 3 epochs. CoTTA averages 4 augmented copies instead of 32. All else are the adapters' defaults.
+severity 5 one after another without a reset, all 1,000 test images each in batches of 64; EcoTTA's meta parts are
+warmed up for 3 epochs. CoTTA averages 4 augmented copies instead of 32. All else are the adapters' defaults.
 `memory`: WRN-40-2 at 32x32, batch 64, first batches only, median of three fresh processes: measured and static peak.
 `rounds`: the 15 corruptions ten times over, 128 images each. `batches`: batch sizes 1, 4, 16, 64 with samples in random
 order, and with classes correlated in time (Dirichlet 0.1), 64 images per corruption, one seed, guards that look at

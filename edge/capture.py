@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from contlearn.edge import rules
 from contlearn.edge.gaps import Gaps
@@ -97,10 +97,12 @@ def trace(function: Callable[[Tensors], Tensors], examples: Tensors, *, profile:
     with tracing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of make_fx about what it is itself
         # Twice: autograd first, since functionalize does not allow it inside; then mutation goes and rules come in.
-        differentiated = make_fx(flat)(*held)
+        # BatchNorm's moving of its statistics stands in no schema: only its rule, applied at once, shows it.
+        table = rules.table(profile, gaps=gaps)
+        differentiated = make_fx(flat, decomposition_table=table)(*held)
         constants = _lift_constants(differentiated)
         pure = functionalize(differentiated, remove="mutations")
-        graph = make_fx(pure, decomposition_table=rules.table(profile, gaps=gaps))(*held, *constants)
+        graph = make_fx(pure, decomposition_table=table)(*held, *constants)
     if gaps:
         raise Gaps([str(gap) for gap in dict.fromkeys(map(str, gaps))], profile)
     _tidy(graph)
@@ -152,8 +154,8 @@ def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 _ALIASES = {
-    torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh_copy.default,
-    torch.ops.aten.lift_fresh.default,
+    torch.ops.aten.detach.default, torch.ops.aten.detach_.default, torch.ops.aten.alias.default,
+    torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default,
 }  # fmt: skip
 
 

@@ -84,9 +84,9 @@ def check(model: ModelProto, profile: str) -> None:
             found.append(f"{where} is of domain {node.domain!r}")
         if node.op_type == "MaxPool" and len(node.output) > 1 and not allowed.allows_indices_pooling:
             found.append(f"{where} gives indices")
-        if node.op_type.startswith("Scatter") and not allowed.allows_scatter_reduce:
-            if any(a.name == "reduction" and a.s not in (b"", b"none") for a in node.attribute):
-                found.append(f"{where} reduces")
+        reduces = any(a.name == "reduction" and a.s not in (b"", b"none") for a in node.attribute)
+        if node.op_type.startswith("Scatter") and reduces and not allowed.allows_scatter_reduce:
+            found.append(f"{where} reduces")
     for place in [*model.graph.input, *model.graph.output]:
         if any(not d.HasField("dim_value") for d in place.type.tensor_type.shape.dim):
             found.append(f"{place.name} has no fixed shape")
@@ -124,8 +124,9 @@ def layer_of(node: fx.Node, captured: Captured) -> str:
         front = [one for behind in front for one in behind.all_input_nodes if one not in seen]
         seen.update(front)
         for one in front:
-            if "." in names.get(one, ""):
-                return names[one].rpartition(".")[0]
+            name: str = names.get(one, "")
+            if "." in name:
+                return name.rpartition(".")[0]
     return ""
 
 

@@ -6,6 +6,7 @@ regulariser to the loss.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -141,6 +142,15 @@ class AdaB2NPlugin(PlainStep, SupervisedPlugin):
         """Steps are counted by the step, not by passes."""
         self._attach(strategy.model)
         self.batch.counts_steps = True
+
+    @contextlib.contextmanager
+    def step_bound(self, strategy: Any, tensors: dict[str, Tensor], masks: Any) -> Iterator[None]:
+        """While open, classes that a device meets first belong to the latest task."""
+        self.register.rest = self.register.count - 1
+        try:
+            yield
+        finally:
+            self.register.rest = -1
 
     def step_buffers(self, strategy: Any) -> list[str]:
         """The momentum of the running statistics."""

@@ -28,11 +28,13 @@ class TaskRegister:
     Attributes:
         task_of: task by class label.
         count: tasks so far.
+        rest: task of labels of no experience yet; -1: there is none, and such a label is an error.
     """
 
     def __init__(self) -> None:
         self.task_of: dict[int, int] = {}
         self.count = 0
+        self.rest = -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TaskRegister:
         return self  # a copy of the model (GDumb's restart, a teacher) is of the same stream
@@ -61,7 +63,7 @@ class TaskRegister:
         """
         if self.count < 2:
             return None
-        table = torch.full((max(self.task_of) + 2,), -1, dtype=torch.int64)
+        table = torch.full((max(self.task_of) + 2,), self.rest, dtype=torch.int64)
         table[torch.tensor(list(self.task_of))] = torch.tensor(list(self.task_of.values()))
         index = table.to(targets.device)[targets.clamp(0, len(table) - 1)]
         if not exporting() and int(index.min()) < 0:

@@ -186,9 +186,9 @@ class PartedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
-        how = (self.stride, self.padding, self.dilation, self.groups)
         if exporting():
-            return torch.conv2d(input, self.weight, None, *how)
+            return super().forward(input)
+        how = (self.stride, self.padding, self.dilation, self.groups)
         return _PartedConv.apply(input, self.weight, how)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -163,11 +163,14 @@ def _adam(
     step = update.clock(name, state, kept)
     # beta^step: a constant base, so that the exponent alone is a run-time value
     correction1, correction2 = 1 - torch.pow(beta1, step), 1 - torch.pow(beta2, step)
-    return w - (rate / correction1) * m / (torch.sqrt(v) / torch.sqrt(correction2) + options["eps"])
+    moved: Tensor = w - (rate / correction1) * m / (torch.sqrt(v) / torch.sqrt(correction2) + options["eps"])
+    return moved
 
 
-def _adamw(*arguments: Any) -> Tensor:
-    return _adam(*arguments, decoupled=True)
+def _adamw(
+    update: Update, name: str, w: Tensor, g: Tensor, options: Any, state: Tensors, kept: Tensors, rate: Tensor
+) -> Tensor:
+    return _adam(update, name, w, g, options, state, kept, rate, decoupled=True)
 
 
 def _sinkgd(

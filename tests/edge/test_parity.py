@@ -1,0 +1,126 @@
+"""Every method that exports, lowered to ONNX and run by stock ONNX Runtime: one step as PyTorch's, many no farther."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from contlearn import models, scenarios, strategies
+from contlearn.edge.capture import capture, capture_predict
+from contlearn.edge.onnx import lower
+from contlearn.edge.verify import verify
+from contlearn.models import Classifier, GrowingHead
+from contlearn.models._resnet18 import SmallImageResNet18
+from contlearn.scenarios.datasets import ImageData
+
+NAMES = [name for name in strategies.list() if strategies.describe(name).exportable]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "replay": {"memory_size": 16, "batch_size_memory": 4},
+    "er_ace": {"memory_size": 16, "batch_size_memory": 4},
+    "ewc": {"ewc_lambda": 10.0},
+    "rehearsal_free": {"feat_kd": 2.0, "l2": 0.05, "ewc": 3.0, "update_mode": "train"},
+    "sherl": {"dropout": 0.0},
+    "nap": {"every": 2, "rate": "linear", "total_steps": 30},
+    "bn_stats": {"prior": 8.0, "carry": True},
+    "eata": {"margin": 1.0, "d_margin": 1.0},
+    "ecotta": {"warmup_epochs": 0, "margin": 1.0, "k": 2},
+}
+SHAPE, BATCH = (1, 12, 12), 4
+
+
+@pytest.fixture(scope="module")
+def stream() -> Any:
+    """Six classes in three experiences of noisy images."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(6).repeat(8)
+    noise = torch.randint(0, 128, (48, *SHAPE), generator=generator, dtype=torch.uint8)
+    noise[torch.arange(48), 0, labels] += 100
+    data = ImageData(
+        name="made_up", train_images=noise, test_images=noise[:12], train_targets=labels, test_targets=labels[:12],
+        class_names=tuple("abcdef"),
+    )  # fmt: skip
+    return scenarios.class_incremental(data, n_experiences=3)
+
+
+class Tiny(nn.Module):
+    """Strided, depthwise and pointwise convolutions, BatchNorm, ReLU6 and h-swish."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU6(),
+            nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False), nn.BatchNorm2d(width), nn.Hardswish(),
+            nn.Conv2d(width, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layers(x)
+        return features
+
+
+def network(name: str, stream: Any) -> nn.Module:
+    if name in ("mobiletl", "tinytl"):
+        return models.create("test_efficientnet", stream, seed=0)
+    if name in ("l2", "ewc", "online_ewc", "pred_kd", "nap", "lwf"):
+        return models.create("mlp", stream, seed=0, hidden=16, dropout=0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = nn.Linear(16, 6) if strategies.describe(name).kind == "test-time" else GrowingHead(16)
+        staged = name in ("sherl", "unipt", "lst", "ecotta")
+        model = Classifier(SmallImageResNet18(1, 2) if staged else Tiny(), head, feature_dim=16)
+    model.input_shape = SHAPE
+    return model
+
+
+def step_of(name: str, stream: Any) -> Any:
+    """Its step, with training under way: teachers, anchors, momenta and averages are there."""
+    options = {"batch_size": 8, "device": "cpu", **OPTIONS.get(name, {})}
+    if strategies.describe(name).kind == "test-time":
+        adapter = strategies.create(name, network(name, stream), guard="off", **options).start()
+        adapter(torch.rand(8, *SHAPE, generator=torch.Generator().manual_seed(0)))
+        return adapter.declare_step(batch_size=BATCH, input_shape=SHAPE)
+    strategy = strategies.create(name, network(name, stream), lr=0.02, momentum=0.9, epochs=1, **options)
+    for experience in list(stream.train_stream)[:2]:
+        strategy.train(experience, eval_streams=[])
+    return strategy.declare_step(batch_size=BATCH, input_shape=SHAPE, classes=6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lowered_step_computes_what_the_method_does(stream, name) -> None:
+    torch.manual_seed(0)
+    step = step_of(name, stream)
+    adapt = lower(capture(step))
+    report = verify(step, adapt, many=False)
+    assert report.figures["loss"] <= 1e-5 and report.figures["update"] <= 1e-3, report
+    assert {node.domain for node in adapt.graph.node} <= {"", "ai.onnx"}
+    given, found = {place.name for place in adapt.graph.input}, {place.name for place in adapt.graph.output}
+    moving = {state for state, role in step.roles.items() if role != "method"}
+    assert {f"new.{state}" for state in given & moving} <= found
+
+
+@pytest.mark.parametrize("name", ["replay", "rehearsal_free", "tent"])
+def test_many_steps_stray_no_farther_than_pytorch_from_itself(stream, name) -> None:
+    step = step_of(name, stream)
+    report = verify(step, lower(capture(step)), lower(capture_predict(step)))
+    assert report.tiers == ("rules", "one_step", "many_steps"), report
+
+
+@pytest.mark.parametrize("profile", ["tensorrt", "coreml"])
+def test_other_targets_take_their_own_forms(stream, profile) -> None:
+    """A network with max pooling, strided and depthwise convolutions."""
+
+    torch.manual_seed(0)
+    body = Tiny()
+    body.layers.insert(3, nn.MaxPool2d(3, 2, 1))
+    model = Classifier(body, nn.Linear(16, 6), feature_dim=16)
+    model.input_shape = SHAPE
+    step = strategies.create("naive", model, lr=0.05).declare_step(batch_size=BATCH, input_shape=SHAPE)
+    adapt = lower(capture(step, profile=profile))
+    report = verify(step, adapt, many=False)
+    assert report.figures["loss"] <= 1e-5 and report.figures["update"] <= 1e-3, report
+    kinds = [node.op_type for node in adapt.graph.node]
+    assert not any(kind.startswith("Scatter") for kind in kinds)
+    assert not any(node.op_type == "MaxPool" and len(node.output) > 1 for node in adapt.graph.node)
