@@ -42,7 +42,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "methods" / "img"
 PARTS = ("cost", "accuracy", "draw")
 BLOCKS = (1, 2, 3, 4, 5)
 SIZES = {96: (400, 2), 160: (160, 2)}  # side in pixels -> training images, epochs
-TEST = 300
+TEST = 400
 BATCH, GRID, GRID_SEED = 8, (5e-4, 2e-3, 8e-3), 1000
 MODEL = {"name": "efficientnet_lite0", "weights": "imagenet", "head": "fixed"}
 RUNNING = {"name": "lean", "frozen_norms": "running"}
@@ -374,7 +374,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
                 x, y, spread = zip(*points, strict=True)
                 axes.errorbar(x, y, spread, marker="os^vD<>Ph*X"[index % 11], label=family, color=f"C{index % 10}",
                               linewidth=1.2, markersize=5, alpha=0.85)  # fmt: skip
-            axes.set(xlabel=f"{label}, batch {BATCH}", xscale="log", title=f"{cell['data']}, {cell['size']} px")
+            axes.set(xlabel=f"{label}, batch {BATCH}", title=f"{cell['data']}, {cell['size']} px")
+            axes.set_xscale("log" if key == "activations" else "linear")
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25, which="both")
         line[0].set_ylabel("test accuracy (%)")

@@ -34,6 +34,9 @@ ENTRIES: dict[str, Any] = {
     "hyperparameters": {},
     "classes": [],
     "open_classes": [],
+    "old_classes": [],
+    "copies": {},
+    "resets": [],
     "preprocessing": None,
     "memory": None,
     "guards": {},
@@ -56,7 +59,8 @@ class TensorSpec:
         shape: fixed.
         dtype: NumPy's name.
         meaning: ``frames``, ``labels``, ``memory_frames``, ``memory_labels``, ``learning_rate``, ``hyperparameter``,
-            ``class_mask``, ``uniform``, ``state``; of outputs ``loss``, ``logits``, ``metric``, ``state``.
+            ``class_mask``, ``old_class_mask``, ``uniform``, ``state``; of outputs ``loss``, ``logits``, ``metric``,
+            ``state``.
         of: the state that an output with the meaning ``state`` replaces.
     """
 

@@ -40,8 +40,8 @@ __all__ = [
 
 # Each comes after those it imports.
 PARTS = (
-    *("errors", "tensors", "fields", "frames", "replay", "guards", "options", "sections", "contract", "saved", "graph"),
-    *("weights", "inputs", "learned", "session", "program"),
+    *("errors", "tensors", "fields", "frames", "replay", "guards", "options", "sections", "contract"),
+    *("saved", "shipped", "graph", "weights", "inputs", "learned", "session", "program"),
 )
 _PACKAGE = "contlearn.edge.runner"
 _HEAD = '''"""Runs the artifact in this folder: adapts, predicts, and keeps what was learned through power cuts.

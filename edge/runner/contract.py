@@ -14,7 +14,7 @@ from contlearn.edge.runner.errors import RunnerError, unknown
 from contlearn.edge.runner.fields import field, same_form, shape_of, single, tensor_specs, whole
 from contlearn.edge.runner.frames import Frames
 from contlearn.edge.runner.options import checked_options
-from contlearn.edge.runner.sections import checked_guards, checked_memory, checked_preprocessing
+from contlearn.edge.runner.sections import checked_end, checked_guards, checked_memory, checked_preprocessing
 from contlearn.edge.runner.tensors import CODES, unique_names
 
 SCHEMA = 1
@@ -24,7 +24,7 @@ UNREAD = ("README.md", "runner.py")
 
 INPUT_MEANINGS = (
     *("frames", "labels", "memory_frames", "memory_labels"),
-    *("learning_rate", "hyperparameter", "class_mask", "uniform", "state"),
+    *("learning_rate", "hyperparameter", "class_mask", "old_class_mask", "uniform", "state"),
 )
 OUTPUT_MEANINGS = ("loss", "logits", "metric", "state")
 PREDICT_MEANINGS = ("frames", "class_mask", "hyperparameter", "state")
@@ -126,7 +126,7 @@ def checked(manifest: Any) -> dict[str, Any]:
             raise RunnerError(f"input {spec['name']!r}: state.tensors holds none of that name, shape and dtype")
         if spec["meaning"] == "uniform" and spec["dtype"] not in ("float32", "float64"):
             raise RunnerError(f"input {spec['name']!r}: expected float32 or float64, got {spec['dtype']}")
-        if spec["meaning"] == "class_mask" and spec["shape"] != logits["shape"][1:]:
+        if spec["meaning"] in ("class_mask", "old_class_mask") and spec["shape"] != logits["shape"][1:]:
             raise RunnerError(f"input {spec['name']!r}: expected the shape {logits['shape'][1:]}, got {spec['shape']}")
     updated = [spec for spec in outputs if spec["meaning"] == "state"]
     for spec in updated:
@@ -139,11 +139,14 @@ def checked(manifest: Any) -> dict[str, Any]:
     rate = single(inputs, "learning_rate", "inputs", optional=True)
     for key in [*(["lr"] if rate else []), *(s["name"] for s in inputs if s["meaning"] == "hyperparameter")]:
         field(values, key, float, at="hyperparameters")
-    for label in field(manifest, "open_classes", list, default=[]):
-        if type(label) is not int or not 0 <= label < logits["shape"][1]:
-            raise RunnerError(f"open_classes: expected whole numbers from 0 to {logits['shape'][1] - 1}, got {label!r}")
+    for key in ("open_classes", "old_classes"):
+        for label in field(manifest, key, list, default=[]):
+            if type(label) is not int or not 0 <= label < logits["shape"][1]:
+                raise RunnerError(f"{key}: expected whole numbers from 0 to {logits['shape'][1] - 1}, got {label!r}")
     preprocessing = checked_preprocessing(manifest, frames)
     memory = checked_memory(manifest, inputs, labels, batch)
+    if memory and memory.get("file") is not None and memory["file"] not in files:
+        raise RunnerError(f"memory.file: {memory['file']!r} is not among files")
     if memory:
         Frames(frames, preprocessing).keeps_raw(memory["shape"], memory["dtype"])
         past = single(inputs, "memory_frames", "inputs")
@@ -158,6 +161,7 @@ def checked(manifest: Any) -> dict[str, Any]:
         "classes": classes,
         "hyperparameters": values,
         "memory": memory,
+        **checked_end(manifest, tensors),
         "guards": checked_guards(manifest),
         "preprocessing": preprocessing,
         "session_options": checked_options(field(manifest, "session_options", dict, default={}), "session_options"),

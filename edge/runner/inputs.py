@@ -36,7 +36,7 @@ class Inputs:
             if meaning == "state" or name in self.buffers:
                 continue
             # The predict graph may call the frames or the mask by another name: the buffer is the same.
-            shared = self._slots.get(meaning, []) if meaning in ("frames", "class_mask") else []
+            shared = self._slots.get(meaning, []) if meaning in ("frames", "class_mask", "old_class_mask") else []
             buffer = shared[0] if shared else Buffer(ort, np.zeros(spec["shape"], spec["dtype"]))
             self.buffers[name] = buffer
             self._slots.setdefault(meaning, []).append(buffer)
@@ -52,8 +52,8 @@ class Inputs:
         """The frames as the graphs read them, ``(batch_size, ...)``."""
         return self._slots["frames"][0].array
 
-    def check_labels(self, y: Any) -> np.ndarray | None:
-        """Labels as int64 ``(batch_size,)``, or ``None`` for a method without.
+    def check_labels(self, y: Any, rows: int | None = None) -> np.ndarray | None:
+        """Labels as int64 ``(rows,)``, by default ``batch_size`` of them, or ``None`` for a method without.
 
         Raises:
             RunnerError: they are missing, or not wanted, or of another shape or kind, or outside the head.
@@ -62,12 +62,13 @@ class Inputs:
             if y is not None:
                 raise RunnerError(f"labels: {self.method!r} adapts without labels; expected none")
             return None
+        rows = self.batch_size if rows is None else rows
         if y is None:
-            raise RunnerError(f"labels: {self.method!r} learns from labels; expected y of shape ({self.batch_size},)")
+            raise RunnerError(f"labels: {self.method!r} learns from labels; expected y of shape ({rows},)")
         y = np.asarray(y)
-        if y.dtype.kind not in "iu" or y.shape != (self.batch_size,):
-            raise RunnerError(f"labels: expected whole numbers of shape ({self.batch_size},), got {y.dtype} {y.shape}")
-        if not 0 <= int(y.min()) <= int(y.max()) < self.classes:
+        if y.dtype.kind not in "iu" or y.shape != (rows,):
+            raise RunnerError(f"labels: expected whole numbers of shape ({rows},), got {y.dtype} {y.shape}")
+        if rows and not 0 <= int(y.min()) <= int(y.max()) < self.classes:
             bad = int(y.min()) if y.min() < 0 else int(y.max())
             raise RunnerError(f"labels: {bad} is outside the head; expected 0 to {self.classes - 1}")
         labels: np.ndarray = y.astype(np.int64)
@@ -83,10 +84,14 @@ class Inputs:
         for buffer in self._slots.get("class_mask", []):
             buffer.write(opened if self.labelled and opened.any() else True)
 
-    def fill(self, x: np.ndarray, raw: bool, labels: np.ndarray | None, *, lr: float, opened: np.ndarray) -> None:
+    def fill(
+        self, x: np.ndarray, raw: bool, labels: np.ndarray | None, *, lr: float, opened: np.ndarray, old: np.ndarray
+    ) -> None:
         """Everything that needs no random numbers."""
         self.fill_frames(x, raw)
         self.fill_mask(opened)
+        for buffer in self._slots.get("old_class_mask", []):
+            buffer.write(old)
         if labels is not None:
             self._slots["labels"][0].write(labels)
         for buffer in self._slots.get("learning_rate", []):

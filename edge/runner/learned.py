@@ -16,17 +16,30 @@ from contlearn.edge.runner.weights import Weights
 
 
 class Learned:
-    """Weights, replay memory, guards, random generator, open classes and counters.
+    """Weights, replay memory, guards, random generator, open and old classes, and counters.
 
     Args:
         weights: the tensors.
         manifest: the checked manifest.
         classes: size of the head.
         seed: of the random numbers.
+        memory: what the replay memory starts with (:meth:`ReplayMemory.tensors`); empty for nothing.
+
+    Raises:
+        ValueError: a memory that does not fit.
     """
 
-    def __init__(self, weights: Weights, manifest: Mapping[str, Any], *, classes: int, seed: int) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        manifest: Mapping[str, Any],
+        *,
+        classes: int,
+        seed: int,
+        memory: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.weights, self.manifest, self.classes, self.seed = weights, manifest, classes, seed
+        self._first_memory = memory
         self.replay = ReplayMemory(manifest["memory"], classes) if manifest["memory"] else None
         self.reset()
 
@@ -38,11 +51,21 @@ class Learned:
         self.rng = np.random.default_rng(self.seed)
         self.opened = np.zeros(self.classes, bool)
         self.opened[self.manifest.get("open_classes", [])] = True
+        self.old = np.zeros(self.classes, bool)
+        self.old[self.manifest.get("old_classes", [])] = True
         self.set_lr(self.manifest["hyperparameters"].get("lr", 0.0))
         self.steps = 0
         self.trips: dict[str, int] = {}
         if self.replay:
             self.replay.clear()
+            if self._first_memory:
+                self.replay.check(self._first_memory)
+                self.replay.load(self._first_memory)
+
+    def finish_experience(self) -> None:
+        """Teachers and anchors follow, and every class met so far is an old one."""
+        self.weights.finish_experience()
+        self.old = self.opened.copy()
 
     def set_lr(self, value: Any) -> None:
         """The learning rate of the next steps.
@@ -55,9 +78,10 @@ class Learned:
         self.lr = float(value)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """What is saved as tensors; what no step replaces is not among them."""
+        """What is saved as tensors; what never changes is not among them."""
         tensors = {f"state/{name}": array for name, array in self.weights.moving().items()}
-        tensors["guard/recent"], tensors["classes/open"] = self.guards.recent, self.opened
+        tensors["guard/recent"] = self.guards.recent
+        tensors["classes/open"], tensors["classes/old"] = self.opened, self.old
         if not self.weights.snapshot_is_state:
             tensors.update({f"snapshot/{name}": array for name, array in self.weights.snapshot.items()})
         if self.replay:
@@ -88,10 +112,11 @@ class Learned:
         for name, array in tensors.items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = array
-        for part in ("state", *(["snapshot"] if groups["snapshot"] else [])):
-            for name in self.weights.updates:
+        for part, names in (("state", self.weights.moves), ("snapshot", self.weights.updates)):
+            for name in names if groups[part] or part == "state" else ():
                 _expect(f"{part}/{name}", groups[part][name], self.weights.shipped[name])
-        _expect("classes/open", groups["classes"]["open"], self.opened)
+        for name in ("open", "old"):
+            _expect(f"classes/{name}", groups["classes"][name], self.opened)
         rng = np.random.default_rng(self.seed)
         rng.bit_generator.state = record["rng"]
         guards = Guards(self.manifest["guards"])
@@ -112,7 +137,7 @@ class Learned:
         if self.replay:
             self.replay.load(groups["memory"])
         self.rng, self.guards, self.steps, self.trips = rng, guards, steps, trips
-        self.opened = np.array(groups["classes"]["open"])
+        self.opened, self.old = np.array(groups["classes"]["open"]), np.array(groups["classes"]["old"])
 
 
 def _expect(name: str, found: np.ndarray, like: np.ndarray) -> None:

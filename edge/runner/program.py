@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--frames", required=True, metavar="NPY", help="frames (rows, ...), raw or prepared")
     add("--labels", metavar="NPY", help="labels (rows,): learned from by methods with labels, and for the accuracy")
     add("--predictions", metavar="NPY", help="where the predicted classes (rows,) go")
+    add("--finish", action="store_true", help="the stream is a whole experience: finish it at the end")
     add("--frozen", action="store_true", help="predict only")
     add("--state-dir", metavar="DIR", help="default: state in the artifact")
     add("--reset", action="store_true", help="start from the shipped state")
@@ -80,6 +81,8 @@ def run_stream(arguments: argparse.Namespace) -> dict[str, Any]:
                 answers[start : start + batch] = result["logits"].argmax(1)
             if arguments.save_every > 0 and session.steps % arguments.save_every == 0:
                 saved = session.save()
+    if arguments.finish and not arguments.frozen:
+        session.finish_experience()
     if not arguments.frozen:
         saved = session.save()
     if arguments.predictions:

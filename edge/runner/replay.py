@@ -29,6 +29,7 @@ class ReplayMemory:
         self.size = self.seen = 0
         self.seen_of = np.zeros(self.classes, np.int64)
         self.full = np.zeros(self.classes, bool)
+        self.order = np.empty(0, np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -36,8 +37,16 @@ class ReplayMemory:
         return self.frames.nbytes + self.labels.nbytes
 
     def draw(self, rows: int, rng: np.random.Generator) -> np.ndarray:
-        """Places of ``rows`` stored frames; each at most once where there are enough."""
-        return rng.choice(self.size, rows, replace=self.size < rows)
+        """Places of ``rows`` stored frames; each at most once where there are enough.
+
+        Shuffled passes over the memory, one after another: drawing each batch anew would leave some frames out for
+        long, which costs accuracy where epochs are few.
+        """
+        if len(self.order) < rows:
+            passes = -(-rows // self.size)
+            self.order = np.concatenate([rng.permutation(self.size) for _ in range(passes)])
+        drawn, self.order = self.order[:rows], self.order[rows:]
+        return drawn
 
     def take(self, frame: np.ndarray, label: int, rng: np.random.Generator) -> None:
         """Offer one frame; ``label`` -1 for none."""
@@ -69,11 +78,13 @@ class ReplayMemory:
         """What is to be saved."""
         seen = np.array([self.seen], np.int64)
         held = {"frames": self.frames[: self.size], "labels": self.labels[: self.size], "seen": seen}
-        return {**held, "seen_of": self.seen_of, "full": self.full}
+        return {**held, "seen_of": self.seen_of, "full": self.full, "order": self.order}
 
     def check(self, saved: Mapping[str, np.ndarray]) -> None:
         """Raises ValueError for tensors that :meth:`load` could not take."""
         mine = self.tensors()
+        if saved.keys() != mine.keys():
+            raise ValueError(f"memory: expected {', '.join(mine)}, got {', '.join(saved)}")
         for name, array in saved.items():
             if array.dtype != mine[name].dtype or array.shape[1:] != mine[name].shape[1:]:
                 raise ValueError(f"memory/{name} has another shape or dtype")
@@ -81,6 +92,7 @@ class ReplayMemory:
         fits = size <= self.capacity and labels.shape == (size,) and (saved["seen"] >= size).all()
         lowest = 0 if self.policy == "balanced" else -1
         known = ((labels >= lowest) & (labels < self.classes)).all()
+        known &= ((saved["order"] >= 0) & (saved["order"] < size)).all()
         sizes = [len(saved[name]) for name in ("seen", "seen_of", "full")]
         if not (fits and known) or sizes != [1, self.classes, self.classes]:
             raise ValueError("the replay memory does not fit")
@@ -90,3 +102,4 @@ class ReplayMemory:
         self.size, self.seen = len(saved["frames"]), int(saved["seen"][0])
         self.frames[: self.size], self.labels[: self.size] = saved["frames"], saved["labels"]
         self.seen_of, self.full = np.array(saved["seen_of"]), np.array(saved["full"])
+        self.order = np.array(saved["order"])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from contlearn.edge.runner.errors import RunnerError, unknown
-from contlearn.edge.runner.fields import field, number, shape_of, single, whole
+from contlearn.edge.runner.fields import field, number, same_form, shape_of, single, whole
 from contlearn.edge.runner.guards import GUARDS
 from contlearn.edge.runner.replay import ReplayMemory
 
@@ -34,6 +34,7 @@ def checked_memory(manifest: Any, inputs: list[Any], labels: Any, batch: int) ->
     if dtype not in ("uint8", "float32"):
         raise unknown("memory.dtype", dtype, ("uint8", "float32"))
     shape = shape_of(memory, "memory")
+    field(memory, "file", (str, type(None)), at="memory", default=None)
     size = math.prod(shape) * np.dtype(dtype).itemsize + ReplayMemory.LABEL_BYTES
     limit = whole(memory, "bytes", 0, at="memory", default=0) or capacity * size
     if limit < size:
@@ -43,6 +44,26 @@ def checked_memory(manifest: Any, inputs: list[Any], labels: Any, batch: int) ->
         if spec["shape"][:1] != [rows]:
             raise RunnerError(f"input {spec['name']!r}: expected memory.batch ({rows}) rows, got {spec['shape']}")
     return {**memory, "batch": rows, "capacity": min(capacity, limit // size), "bytes": limit}
+
+
+def checked_end(manifest: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What the end of an experience does to the state: ``copies`` (``{target: source}``) and ``resets`` (to 0)."""
+    copies = field(manifest, "copies", dict, default={})
+    resets = field(manifest, "resets", list, default=[])
+    for target, source in copies.items():
+        for name in (target, source):
+            if name not in tensors:
+                raise unknown("state tensor in copies", name, tensors)
+        if source in copies:
+            raise RunnerError(f"copies: {source!r} is both copied and replaced; expected one of the two")
+        if not same_form(tensors[target], tensors[source]):
+            raise RunnerError(f"copies: {target!r} and {source!r} differ in shape or dtype")
+    for name in resets:
+        if name not in tensors:
+            raise unknown("state tensor in resets", name, tensors)
+        if name in copies or name in copies.values():
+            raise RunnerError(f"resets: {name!r} stands in copies, too")
+    return {"copies": copies, "resets": resets}
 
 
 def checked_guards(manifest: Any) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from contlearn.edge.runner.inputs import Inputs
 from contlearn.edge.runner.learned import Learned
 from contlearn.edge.runner.options import checked_options, open_options, open_providers
 from contlearn.edge.runner.saved import StateFolder
+from contlearn.edge.runner.shipped import identity_of, read_memory, read_shipped
 from contlearn.edge.runner.tensors import read_tensors
 from contlearn.edge.runner.weights import Weights
 
@@ -87,9 +86,13 @@ class Session:
         self._names = {m: [s["name"] for s in results if s["meaning"] == m] for m in ("loss", "logits", "metric")}
         answer = manifest["predict"]["outputs"][0]
         self._answer = {answer["name"]: Buffer(ort, np.zeros(answer["shape"], answer["dtype"]))}
-        weights = Weights(ort, _read_shipped(folder, manifest), manifest, self._adapt.device)
-        self.learned = Learned(weights, manifest, classes=self.classes, seed=seed)
-        self._identity = _identity(manifest)
+        weights = Weights(ort, read_shipped(folder, manifest), manifest, self._adapt.device)
+        past = read_memory(folder, manifest)
+        try:
+            self.learned = Learned(weights, manifest, classes=self.classes, seed=seed, memory=past)
+        except (ValueError, LookupError) as error:
+            raise RunnerError(f"{folder}: {error}") from error
+        self._identity = identity_of(manifest)
         self._folder = StateFolder(Path(state_dir) if state_dir is not None else folder / "state")
         self._generation: int | None = None
         self.skipped: list[str] = []
@@ -114,7 +117,7 @@ class Session:
         """How often each guard tripped."""
         return self.learned.trips
 
-    def step(self, x: Any, y: Any = None, *, prepared: bool = False) -> dict[str, Any]:
+    def step(self, x: Any, y: Any = None, *, prepared: bool = False, remember: bool = True) -> dict[str, Any]:
         """Adapt to one batch.
 
         Args:
@@ -122,6 +125,7 @@ class Session:
                 that were prepared already.
             y: labels ``(batch_size,)``, whole numbers from 0; only for methods that learn from labels.
             prepared: ``x`` was prepared already, although its dtype is that of raw frames.
+            remember: offer the batch to the replay memory; not where frames come more than once (see :meth:`remember`).
 
         Returns:
             ``loss``; ``logits`` ``(batch_size, classes)``: the step's own, or after a trip those of the state that is
@@ -143,7 +147,7 @@ class Session:
             opened[labels] = True
         random = learned.rng.bit_generator.state
         try:
-            inputs.fill(x, raw, labels, lr=learned.lr, opened=opened)
+            inputs.fill(x, raw, labels, lr=learned.lr, opened=opened, old=learned.old)
             inputs.fill_random(labels, learned.replay, learned.rng)
             feeds = {**inputs.buffers, **learned.weights.feeds()}
             self._adapt.run(learned.weights.front, feeds, {**self._results, **learned.weights.targets()})
@@ -163,10 +167,8 @@ class Session:
             tripped, restored, logits = self._look(logits, labels)
         if tripped:
             learned.trips[tripped] = learned.trips.get(tripped, 0) + 1
-        elif learned.replay:
-            kept = x if inputs.replays_raw else inputs.prepared
-            for row in range(self.batch_size):
-                learned.replay.take(kept[row], -1 if labels is None else int(labels[row]), learned.rng)
+        elif learned.replay and remember:
+            self._take(x if inputs.replays_raw else inputs.prepared, labels)
         return {
             "loss": loss,
             "logits": logits,
@@ -175,6 +177,48 @@ class Session:
             "step": learned.steps,
             "metrics": {name: np.array(self._results[name].read()) for name in self._names["metric"]},
         }
+
+    def remember(self, x: Any, y: Any = None, *, prepared: bool = False) -> None:
+        """Offer frames to the replay memory without learning from them.
+
+        For training in several epochs: ``step(..., remember=False)`` throughout, then each frame once at the end of the
+        experience, so that no frame is kept twice and steps rehearse earlier experiences only.
+
+        Args:
+            x: any number of frames, as for :meth:`step`.
+            y: their labels, for methods that learn from labels.
+            prepared: as for :meth:`step`.
+
+        Raises:
+            RunnerError: as :meth:`step`, or a method without a replay memory. Nothing was changed then.
+        """
+        inputs = self.inputs
+        if not self.learned.replay:
+            raise RunnerError(f"remember: {inputs.method!r} keeps no replay memory")
+        x, raw = inputs.frames.check(x, None, prepared=prepared)
+        if inputs.replays_raw and not raw:
+            raise RunnerError("frames: the replay memory keeps raw frames; expected those instead of prepared ones")
+        labels = inputs.check_labels(y, len(x))
+        if raw and not inputs.replays_raw:
+            ready = np.empty((len(x), *inputs.frames.shape), inputs.frames.dtype)
+            inputs.frames.prepare(x, raw, ready)
+            x = ready
+        self._take(x, labels)
+
+    def _take(self, frames: np.ndarray, labels: np.ndarray | None) -> None:
+        replay, rng = self.learned.replay, self.learned.rng
+        assert replay
+        for row in range(len(frames)):
+            replay.take(frames[row], -1 if labels is None else int(labels[row]), rng)
+
+    def finish_experience(self) -> None:
+        """The stream moves on to something else: teachers and anchors follow the weights, as the manifest's ``copies``
+        say, and the classes met so far are old from now on.
+
+        Methods that look back to earlier experiences (distillation, penalties) need it; for others it changes nothing.
+        :meth:`save` afterwards makes it last; a power cut in between leaves the experience unfinished, never half.
+        """
+        self.learned.finish_experience()
 
     def predict(self, x: Any, *, prepared: bool = False) -> np.ndarray:
         """Logits ``(rows, classes)`` for any number of frames, with the state as it is; nothing changes.
@@ -325,21 +369,3 @@ class Session:
             self._generation = number
             return path.name
         return None
-
-
-def _read_shipped(folder: Path, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    path, expected = folder / manifest["state"]["file"], manifest["state"]["tensors"]
-    tensors = read_tensors(path)[0]
-    for name, entry in expected.items():
-        if name not in tensors:
-            raise RunnerError(f"{str(path)!r}: tensor {name!r} is missing")
-        if [tensors[name].dtype.name, list(tensors[name].shape)] != [entry["dtype"], entry["shape"]]:
-            raise RunnerError(f"{str(path)!r}: tensor {name!r} has not the dtype and shape that the manifest says")
-    return {name: tensors[name] for name in expected}
-
-
-def _identity(manifest: Mapping[str, Any]) -> str:
-    """A checksum of the files that a saved state depends on."""
-    graphs = [name for role in ("adapt", "predict") for name in manifest["graphs"][role]]
-    sums = {name: manifest["files"][name]["sha256"] for name in [*graphs, manifest["state"]["file"]]}
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()

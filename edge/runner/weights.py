@@ -1,4 +1,7 @@
-"""The state of an artifact: two sets of tensors that a step reads from and writes to in turn."""
+"""The state of an artifact: two sets of tensors that a step reads from and writes to in turn.
+
+Teachers and anchors, which only the end of an experience moves, exist once.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from contlearn.edge.runner.graph import Buffer
 class Weights:
     """Weights, optimizer state, statistics and method state; what no step replaces exists once.
 
+    A snapshot holds what steps replace: teachers and anchors stay when it is put back.
+
     Args:
         ort: the onnxruntime module.
         shipped: the tensors that came with the artifact, read-only.
@@ -23,6 +28,7 @@ class Weights:
 
     Attributes:
         updates: name of the output that replaces a tensor, by the tensor's name.
+        moves: names of all tensors that ever change, be it at the end of an experience.
         front: which set is the state; the other is what the next step writes to.
         snapshot: copies that the guards found good.
         snapshot_is_state: nothing has changed since the snapshot was taken or put back.
@@ -33,6 +39,8 @@ class Weights:
         self.shipped = shipped
         self.updates = {spec["of"]: spec["name"] for spec in manifest["outputs"] if spec["meaning"] == "state"}
         self._trained = [n for n in self.updates if manifest["state"]["tensors"][n]["role"] == "weight"]
+        self._copies, self._resets = dict(manifest["copies"]), list(manifest["resets"])
+        self.moves = [*self.updates, *(n for n in [*self._copies, *self._resets] if n not in self.updates)]
         self._fixed = {n: Buffer(ort, np.array(a), device) for n, a in shipped.items() if n not in self.updates}
         self._sets = [{n: Buffer(ort, np.array(shipped[n]), device) for n in self.updates} for _ in range(2)]
         self.front = 0
@@ -54,18 +62,30 @@ class Weights:
         """What the last step wrote becomes the state."""
         self.front, self.snapshot_is_state = 1 - self.front, False
 
+    def finish_experience(self) -> None:
+        """Copy and reset what the manifest says; sources are never targets, so the order does not matter."""
+        now = self.feeds()
+        for target, source in self._copies.items():
+            now[target].write(now[source].read())
+        for name in self._resets:
+            now[name].write(0)
+        self.snapshot_is_state = False
+
     def moving(self) -> dict[str, np.ndarray]:
-        """The tensors that steps replace; on the CPU not copies."""
-        return {name: buffer.read() for name, buffer in self._sets[self.front].items()}
+        """The tensors that change at all; on the CPU not copies."""
+        now = self.feeds()
+        return {name: now[name].read() for name in self.moves}
 
     def copies(self) -> dict[str, np.ndarray]:
         """A copy of every tensor."""
         return {name: np.array(buffer.read()) for name, buffer in self.feeds().items()}
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Replace the state."""
-        for name, buffer in self._sets[self.front].items():
-            buffer.write(arrays[name])
+        """Replace the state, as far as ``arrays`` has it."""
+        now = self.feeds()
+        for name in self.moves:
+            if name in arrays:
+                now[name].write(arrays[name])
         self.snapshot_is_state = False
 
     def drift(self) -> float:
@@ -79,7 +99,8 @@ class Weights:
 
     def take_snapshot(self) -> None:
         """Copy the state, into the old copy if there is one."""
-        for name, array in self.moving().items():
+        for name, buffer in self._sets[self.front].items():
+            array = buffer.read()
             self.snapshot.setdefault(name, np.empty_like(array))[...] = array
         self.snapshot_is_state, self.snapshot_used = True, False
 
