@@ -3,7 +3,8 @@
     python two_worlds_device.py ARTIFACT DATA.npz --epochs 20 --experiences '[[0, 1], [2, 3]]' [--seed 0]
 
 DATA.npz holds raw frames and labels: train_x, train_y, test_x, test_y. Prints one line of JSON. Batches have a fixed
-size: what an epoch leaves over is carried into the next one.
+size: what an epoch leaves over is carried into the next one. With --full-updates there are as many updates as PyTorch
+takes, which trains on what is left over as a smaller batch: ceil(rows / batch) per epoch.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--experiences", type=json.loads, required=True)
+    parser.add_argument("--full-updates", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     sys.meta_path.insert(0, Blocked())  # type: ignore[arg-type]
@@ -48,11 +50,12 @@ def main() -> None:
     for index, labels in enumerate(given.experiences):
         mine = np.flatnonzero(np.isin(train_y, labels))
         left = np.empty(0, np.int64)
-        for _ in range(given.epochs):
-            left = np.concatenate([left, rng.permutation(mine)])
-            while len(left) >= batch:
-                rows, left = left[:batch], left[batch:]
-                session.step(train_x[rows], train_y[rows], remember=False)
+        full = given.epochs * -(-len(mine) // batch)
+        for _ in range(full if given.full_updates else given.epochs * len(mine) // batch):
+            while len(left) < batch:
+                left = np.concatenate([left, rng.permutation(mine)])
+            rows, left = left[:batch], left[batch:]
+            session.step(train_x[rows], train_y[rows], remember=False)
         if session.learned.replay:
             rows = rng.permutation(mine)
             session.remember(train_x[rows], train_y[rows])

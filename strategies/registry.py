@@ -214,20 +214,21 @@ _RECORDS = (
         "mobiletl", "mobiletl:MobileTLPlugin",
         "The last inverted residual blocks and the classifier train, at half the activations.", "arXiv 2212.03246",
         "the authors' figures; head layers and the number of blocks ours", kind="transfer",
-        excludes=("lean", "tinytl"),
+        excludes=("lean", "tinytl", "sherl", "unipt", "lst"),
     ),
     _plugin(
         "sherl", "sherl:SHERLPlugin", "Frozen backbone, an early route over its features, its last block run again.",
-        "arXiv 2407.07523", "the authors' code; width in proportion on other hosts", kind="transfer",
+        "arXiv 2407.07523", "the authors' code; width in proportion on other hosts", kind="transfer", exportable=False,
         excludes=("nap", "unipt", "lst"),
     ),
     _plugin(
         "unipt", "unipt:UniPTPlugin", "Frozen backbone, a parallel module over its features.", "arXiv 2308.14316",
-        "the authors' code; width in proportion on other hosts", kind="transfer", excludes=("nap", "sherl", "lst"),
+        "the authors' code; width in proportion on other hosts", kind="transfer", exportable=False,
+        excludes=("nap", "sherl", "lst"),
     ),
     _plugin(
         "lst", "lst:LSTPlugin", "Frozen backbone, a narrow ladder network beside it.", "arXiv 2206.06522",
-        "arXiv 2206.06522", kind="transfer", excludes=("nap", "sherl", "unipt"),
+        "arXiv 2206.06522", kind="transfer", exportable=False, excludes=("nap", "sherl", "unipt"),
     ),
     _plugin(
         "tinytl", "tinytl:TinyTLPlugin", "Biases and small residual branches train beside frozen blocks.",

@@ -122,6 +122,7 @@ class SidePlugin(SupervisedPlugin):
         seed: of the initial weights of what is added; ``None`` takes the model's own, else 0.
     """
 
+    not_exportable = "its graph does not agree with PyTorch's in ONNX Runtime yet; export last blocks or mobiletl"
     method = "side tuning"
     network: type[SideTuned] = SideTuned
 
@@ -191,7 +192,7 @@ class SHERLPlugin(SidePlugin):
         redundancy: ``differentiable`` (as released), ``detached``, or ``off``: gates without the redundancy.
         residual: raw last feature in the input of the late route: ``tanh(p / temperature)`` times it, all of it
             (``plain``), or ``none``.
-        temperature: divides p.
+        temperature: divides the gate's parameter p.
         dropout: of ``up`` ``norm``.
         eps: least sum of gates in the l1 norm (1e-8 or 1e-6 in the released hosts).
         packed: ReLUs of a CNN's late route keep bits for backward, and frozen norms a factor.

@@ -33,7 +33,8 @@ def test_the_defaults_are_those_of_the_python_interface(name: str) -> None:
     resolved = resolve("", f"--strategy.name={name}")["strategy"]
     stream = scenarios.class_incremental("digits")
     adapts = strategies.describe(name).kind == "test-time"
-    model = "resnet14" if adapts or name == "adab2n" else "mlp"  # they need BatchNorm
+    staged = adapts or name in ("adab2n", "sherl", "unipt", "lst")  # they need BatchNorm, or stages of blocks
+    model = "test_efficientnet" if name in ("mobiletl", "tinytl") else "resnet14" if staged else "mlp"
     assert resolved == strategies.create(name, models.create(model, stream, seed=0)).spec
 
 

@@ -25,6 +25,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sherl": {"dropout": 0.0},
     "nap": {"every": 2, "rate": "linear", "total_steps": 30},
     "bn_stats": {"prior": 8.0, "carry": True},
+    # Adam makes whole steps of gradients that are zero but for rounding, as those in front of a BatchNorm are.
+    "tent": {"optimizer": "sgd", "lr": 0.05},
     "eata": {"margin": 1.0, "d_margin": 1.0},
     "ecotta": {"warmup_epochs": 0, "margin": 1.0, "k": 2},
 }

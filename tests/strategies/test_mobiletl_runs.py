@@ -109,7 +109,7 @@ def test_avalanches_own_strategy_is_a_host_of_a_prepared_model(grey, quiet) -> N
     assert len(plugin.cache) == 48
 
 
-@pytest.mark.parametrize("joined", strategies.list(joinable=True))
+@pytest.mark.parametrize("joined", strategies.describe("mobiletl").composes_with)
 def test_methods_named_after_it_join_it(grey, joined) -> None:
     if joined == "mobiletl":
         return

@@ -20,6 +20,7 @@ SUPERVISED = strategies.list(kind=("class-incremental", "plug-in", "transfer"))
 WITHOUT = {
     "joint": "Joint: ", "cumulative": "Cumulative: ", "der": "DER: ", "derpp": "DER: ", "si": "SIPlugin: ",
     "agem": "AGEMPlugin: ", "gdumb": "GDumb: ", "icarl": "ICaRL: ", "mesa": "MesaPlugin: ",
+    "sherl": "SHERLPlugin: ", "unipt": "UniPTPlugin: ", "lst": "LSTPlugin: ",
 }  # fmt: skip
 EXPORTABLE = [name for name in SUPERVISED if name not in WITHOUT]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -195,8 +196,8 @@ def test_an_experience_ends_by_copying_teacher_and_anchors(stream, small) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT))
-def test_a_method_without_a_step_says_why_in_one_line(stream, small, name) -> None:
-    strategy = strategies.create(name, small(stream, head="fixed"), epochs=1, batch_size=BATCH)
+def test_a_method_without_a_step_says_why_in_one_line(stream, small, normed, name) -> None:
+    strategy = strategies.create(name, network(name, stream, small, normed), epochs=1, batch_size=BATCH)
     with pytest.raises(NotExportable, match=WITHOUT[name]) as caught:
         strategy.declare_step(batch_size=4, input_shape=(1, 4, 4))
     assert "\n" not in str(caught.value) and len(str(caught.value)) > len(WITHOUT[name]) + 10
