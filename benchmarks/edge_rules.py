@@ -65,10 +65,11 @@ def medians(runs: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[]
 
 
 def convolution(shape: tuple[int, ...], batch: int, threads: int, repeats: int, clock: Any) -> list[dict[str, Any]]:
-    """One record per gradient: PyTorch's milliseconds, each form's ratio to them, and the chosen form."""
+    """One record per gradient, and for the output of a depthwise one: PyTorch's milliseconds, each form's ratio to them, and the chosen form."""
     import torch
 
     from contlearn.edge.rules import PROFILES
+    from contlearn.edge.rules import convolution_forward as forward
     from contlearn.edge.rules.convolution import INPUT_FORMS, choose_input
     from contlearn.edge.rules.convolution_weight import FORMS, Geometry, choose
 
@@ -81,6 +82,8 @@ def convolution(shape: tuple[int, ...], batch: int, threads: int, repeats: int, 
     depthwise = groups == inner == outer
 
     def eager(mask: list[bool]) -> Callable[[], Any]:
+        if not any(mask):
+            return lambda: torch.conv2d(x, weight, None, stride, padding, 1, groups)
         return lambda: torch.ops.aten.convolution_backward(gradient, x, weight, *rest, mask)
 
     records = []
@@ -96,7 +99,8 @@ def convolution(shape: tuple[int, ...], batch: int, threads: int, repeats: int, 
             {
                 name: with_rest(form, [size] * 2, how)
                 for name, form in INPUT_FORMS.items()
-                if name != "pixels" or (depthwise and size**4 <= 40_000)
+                if (name != "pixels" or (depthwise and size**4 <= 40_000))
+                and (name != "product" or (groups == 1 and kernel == stride == 1))
             },
             (gradient, weight), [True, False, False], choose_input(gradient.shape, x.shape, how),
         ),
@@ -105,6 +109,13 @@ def convolution(shape: tuple[int, ...], batch: int, threads: int, repeats: int, 
             choose(PROFILES["onnxruntime"], gradient.shape, x.shape, how),
         ),
     }  # fmt: skip
+    if depthwise:
+        products = {name: form for name, form in forward.FORMS.items() if name != "pixels" or size**4 <= 40_000}
+        operator = {"operator": lambda given, by: torch.conv2d(given, by, None, stride, padding, 1, groups)}
+        wholes["y"] = (
+            {**operator, **{name: with_rest(form, how) for name, form in products.items()}}, (x, weight), [False] * 3,
+            forward.choose(PROFILES["onnxruntime"], x.shape, weight.shape, how) or "operator",
+        )  # fmt: skip
     for which, (forms, inputs, mask, chosen) in wholes.items():
         runs = {name: session(form, inputs, threads) for name, form in forms.items()}
         found = medians({"eager": eager(mask), **runs}, repeats, clock)

@@ -105,7 +105,9 @@ def learning_accuracy(events: Sequence[Event]) -> float | None:
 
 
 def summary(events: Sequence[Event]) -> dict[str, float | None]:
-    """Every metric of this module by name."""
+    """Every metric of this module by name; where a method has a second classifier, ``NAME_final_accuracy`` and
+    ``NAME_average_accuracy`` of its answers, too (``nme``: nearest mean of exemplars).
+    """
     return {
         "final_accuracy": final_accuracy(events),
         "average_accuracy": average_accuracy(events),
@@ -115,7 +117,18 @@ def summary(events: Sequence[Event]) -> dict[str, float | None]:
         "local_forgetting": local_forgetting(events),
         "backward_transfer": backward_transfer(events),
         "forward_transfer": forward_transfer(events),
+        **_second_classifiers(_Evaluations.of(events)),
     }
+
+
+def _second_classifiers(run: _Evaluations) -> dict[str, float | None]:
+    names = {name for record in run.pairs.values() for name in record if name.startswith("correct_")}
+    found: dict[str, float | None] = {}
+    for key in sorted(names - {"correct_local", "correct_upto"}):
+        name = key.removeprefix("correct_")
+        found[f"{name}_final_accuracy"] = run.pooled(run.rows - 1, range(run.columns), key)
+        found[f"{name}_average_accuracy"] = _mean(run.seen(key)) if run.finished else None
+    return found
 
 
 @dataclass(frozen=True)
@@ -175,20 +188,23 @@ class _Evaluations:
             return None
         return float(record[field_name] / record["n"])
 
-    def pooled(self, i: int, columns: Iterable[int]) -> float | None:
+    def pooled(self, i: int, columns: Iterable[int], field_name: str = "correct") -> float | None:
         """Accuracy after ``i`` over the samples of several test experiences together."""
         records = [self.pairs.get((i, j)) for j in columns]
         known = [record for record in records if record is not None]
         samples = sum(record["n"] for record in known)
         if len(known) < len(records) or not samples:
             return None
-        return float(sum(record["correct"] for record in known) / samples)
+        # Experiences whose classes were never seen are not evaluated: no answer of theirs is correct.
+        return float(sum(record.get(field_name, 0) for record in known) / samples)
 
     def matrix(self) -> list[list[float | None]]:
         return [[self.accuracy(i, j) for j in range(self.columns)] for i in range(self.reached)]
 
-    def seen(self) -> list[float | None]:
-        return [self.pooled(i, range(i + 1 if self.square else self.columns)) for i in range(self.reached)]
+    def seen(self, field_name: str = "correct") -> list[float | None]:
+        return [
+            self.pooled(i, range(i + 1 if self.square else self.columns), field_name) for i in range(self.reached)
+        ]
 
 
 def _weighted_forgetting(run: _Evaluations, field_name: str) -> float | None:

@@ -18,6 +18,9 @@ from contlearn.progress import Progress
 from contlearn.results import environment
 
 
+_COUNTS = ("correct", "correct_local", "correct_upto")
+
+
 class Recorder(SupervisedPlugin):
     """Counts correct answers per test experience under three sets of competing classes, and times the run.
 
@@ -181,11 +184,17 @@ class Recorder(SupervisedPlugin):
         counts = self._counts.setdefault(on, {"n": 0, "correct": 0, "correct_local": 0, "correct_upto": 0, "loss": 0.0})
         counts["n"] += len(target)
         counts["loss"] += float(strategy.loss) * len(target)
-        for name in ("correct", "correct_local", "correct_upto"):
+        for name in _COUNTS:
             columns = self._competing(name, on, output)
             if len(columns):
                 answer = columns[output[:, columns].argmax(dim=1)]
                 counts[name] += int((answer == target).sum())
+        # A method with two classifiers answers with the other one beside (``correct_nme``, say).
+        for name, other in getattr(strategy, "other_outputs", {}).items():
+            columns = self._competing("correct", on, other)
+            if len(columns):
+                answer = columns[other[:, columns].argmax(dim=1)]
+                counts[f"correct_{name}"] = counts.get(f"correct_{name}", 0) + int((answer == target).sum())
 
     def _competing(self, name: str, on: int, output: Tensor) -> Tensor:
         """Labels whose outputs compete, ``(k,)``; labels the model has no output for cannot."""
@@ -216,6 +225,7 @@ class Recorder(SupervisedPlugin):
                 correct_local=int(counts["correct_local"]),
                 correct_upto=int(counts["correct_upto"]),
                 loss=loss if math.isfinite(loss) else None,
+                **{name: int(count) for name, count in counts.items() if name not in (*_COUNTS, "n", "loss")},
             )
         known = [c for on, c in self._counts.items() if self._local[on] & self.seen]
         total = sum(c["n"] for c in known)

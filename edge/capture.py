@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from contlearn.edge import rules
 from contlearn.edge.gaps import Gaps
+from contlearn.edge.rules import convolution_forward
 from contlearn.strategies.step import Step, Tensors, tracing
 
 NEW = "new."
@@ -101,7 +102,8 @@ def trace(function: Callable[[Tensors], Tensors], examples: Tensors, *, profile:
         table = rules.table(profile, gaps=gaps)
         differentiated = make_fx(flat, decomposition_table=table)(*held)
         constants = _lift_constants(differentiated)
-        pure = functionalize(differentiated, remove="mutations")
+        chosen = convolution_forward.Chosen(differentiated, rules.PROFILES[profile], frozen=len(constants))
+        pure = functionalize(chosen.run, remove="mutations")
         graph = make_fx(pure, decomposition_table=table)(*held, *constants)
     if gaps:
         raise Gaps([str(gap) for gap in dict.fromkeys(map(str, gaps))], profile)
@@ -119,18 +121,22 @@ def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
     """Make inputs of a graph's constants: functionalize follows what happens to its inputs alone."""
     found: dict[str, tuple[fx.Node, Tensor]] = {}
     last = next(node for node in graph.graph.nodes if node.op != "placeholder")
+    lifted = []
     for node in list(graph.graph.nodes):
-        if node.op == "get_attr" and isinstance(value := _attribute(graph, node.target), Tensor):
+        if node.op == "get_attr" and isinstance(value := attribute(graph, node.target), Tensor):
             if node.target not in found:
                 with graph.graph.inserting_before(last):
                     found[node.target] = (graph.graph.placeholder(f"constant_{len(found)}"), value.detach())
             node.replace_all_uses_with(found[node.target][0])
-            graph.graph.erase_node(node)
+            lifted.append(node)
+    for node in lifted:  # at the end: the first of them may be `last`
+        graph.graph.erase_node(node)
     graph.recompile()
     return [value for _, value in found.values()]
 
 
-def _attribute(graph: fx.GraphModule, path: str) -> object:
+def attribute(graph: fx.GraphModule, path: str) -> object:
+    """What a ``get_attr`` node stands for."""
     owner: object = graph
     for part in path.split("."):
         owner = getattr(owner, part)

@@ -7,22 +7,37 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from contlearn.edge import rules
-from contlearn.edge.capture import Captured
+from contlearn.edge.broadcast import give_full_rank
+from contlearn.edge.capture import Captured, attribute
 from contlearn.edge.gaps import Gaps
+from contlearn.edge.operators import TRANSLATIONS, protect_statistics
 from contlearn.errors import ContlearnError
+from contlearn.strategies.step import Tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 _NEAR = 4
 """Nodes between an operator and the state that tells its layer, at most."""
+_LITTLE = 1e-3
+"""Distance from 0 (terms) and 1 (factors) within which the exporter does not see a constant."""
+_TERM = "small_term_"
+_aten = torch.ops.aten
+_NEUTRAL = {
+    _aten.add.Tensor: 0.0, _aten.add.Scalar: 0.0, _aten.sub.Tensor: 0.0, _aten.sub.Scalar: 0.0, _aten.mul.Tensor: 1.0,
+    _aten.mul.Scalar: 1.0, _aten.div.Tensor: 1.0, _aten.div.Scalar: 1.0,
+}  # fmt: skip
+_TENSOR_FORM = {
+    _aten.add.Scalar: _aten.add.Tensor, _aten.sub.Scalar: _aten.sub.Tensor, _aten.mul.Scalar: _aten.mul.Tensor,
+    _aten.div.Scalar: _aten.div.Tensor,
+}  # fmt: skip
 
 
 def lower(captured: Captured) -> ModelProto:
@@ -34,20 +49,25 @@ def lower(captured: Captured) -> ModelProto:
     import onnx
 
     _refuse_unknown(captured)
-    examples = tuple(captured.examples[name].detach().clone() for name in captured.inputs)
+    graph, guarded = _with_inputs_for_small_terms(captured.graph)
+    examples = [captured.examples[name].detach().clone() for name in captured.inputs]
     with _quiet():
         program = torch.onnx.export(
-            captured.graph,
-            examples,
-            input_names=list(captured.inputs),
-            output_names=list(captured.outputs),
+            graph,
+            (*examples, *guarded.values()),
+            input_names=[*_numbered("input", captured.inputs), *guarded],
+            output_names=_numbered("output", captured.outputs),
             opset_version=rules.PROFILES[captured.profile].opset,
+            custom_translation_table=TRANSLATIONS,
             dynamo=True,
             verbose=False,
         )
     assert program is not None
     model: ModelProto = program.model_proto
+    _as_constants(model, guarded)
+    protect_statistics(model, sum(node.target in TRANSLATIONS for node in captured.graph.graph.nodes))
     _named(model, captured)
+    give_full_rank(model)
     del model.metadata_props[:]
     for node in model.graph.node:
         del node.metadata_props[:]  # names of files on the exporting machine
@@ -57,17 +77,84 @@ def lower(captured: Captured) -> ModelProto:
     return model
 
 
+def _with_inputs_for_small_terms(graph: fx.GraphModule) -> tuple[fx.GraphModule, Tensors]:
+    """The graph with an input in place of every constant that changes a value by little, and these inputs' values.
+
+    The exporter's optimiser drops ``x + c`` where ``|c| <= 1e-8`` and ``x * c`` where ``|c - 1| <= 1e-5`` as if ``c``
+    were 0 and 1 (onnxscript compares within tolerances): Adam would lose its eps, and what is divided by a sum of zeros
+    plus 1e-8 would be 0 / 0.
+    What is an input it cannot look into. ONNX Runtime's own passes compare exactly.
+    """
+    made = fx.Graph()
+    kept: dict[fx.Node, fx.Node] = {}
+    output = made.graph_copy(graph.graph, kept)
+    made.output(output)
+    places = [node for node in made.nodes if node.op == "placeholder"]
+    values: Tensors = {}
+    for node in list(made.nodes):
+        neutral = _NEUTRAL.get(node.target) if node.op == "call_function" else None
+        held = node.meta.get("val")
+        if neutral is None or not isinstance(held, torch.Tensor) or not held.is_floating_point():
+            continue
+        for index, term in enumerate(node.args[:2]):
+            value = _single(graph, term)
+            if value is None or float(value) == neutral or abs(float(value) - neutral) > _LITTLE:
+                continue
+            name = f"{_TERM}{len(values)}"
+            with made.inserting_after(places[-1]) if places else made.inserting_before():
+                places.append(made.placeholder(name))
+            values[name] = value.to(held.dtype)
+            node.update_arg(index, places[-1])
+            node.target = _TENSOR_FORM.get(node.target, node.target)
+    return fx.GraphModule(graph, made), values
+
+
+def _single(graph: fx.GraphModule, term: Any) -> torch.Tensor | None:
+    """A number, or a constant of one element, as a tensor; ``None`` for anything else."""
+    if isinstance(term, fx.Node) and term.op == "get_attr":
+        held = attribute(graph, str(term.target))
+        return held.detach() if isinstance(held, torch.Tensor) and held.numel() == 1 else None
+    return torch.tensor(term, dtype=torch.float64) if isinstance(term, int | float) else None
+
+
+def _as_constants(model: ModelProto, values: Tensors) -> None:
+    """Inputs become constants."""
+    from onnx import numpy_helper
+
+    for place in [place for place in model.graph.input if place.name in values]:
+        model.graph.input.remove(place)
+        model.graph.initializer.append(numpy_helper.from_array(values[place.name].numpy(), place.name))
+
+
+def _numbered(kind: str, names: Sequence[str]) -> list[str]:
+    """Names that no node of the exporter's has, as those of states may have."""
+    return [f"captured.{kind}{index}" for index in range(len(names))]
+
+
 def _named(model: ModelProto, captured: Captured) -> None:
-    """Give inputs and outputs the names asked for: an output that is also another, or an input, gets a node."""
+    """Give inputs and outputs the names asked for, and nodes that have one of them another.
+
+    An output that is also another, or an input, gets a node.
+    """
     from onnx import helper
 
-    for place, name in zip(model.graph.output, captured.outputs, strict=True):
+    given = [place.name for place in model.graph.input]
+    if given != _numbered("input", captured.inputs):
+        raise ContlearnError(f"export: torch.onnx changed the inputs of the graph: expected {captured.inputs}")
+    for place, name in zip(model.graph.output, _numbered("output", captured.outputs), strict=True):
         if place.name != name:
             model.graph.node.append(helper.make_node("Identity", [place.name], [name]))
             place.name = name
-    given = [place.name for place in model.graph.input]
-    if given != list(captured.inputs):
-        raise ContlearnError(f"export: torch.onnx renamed inputs: expected {captured.inputs}, got {given}")
+    asked = {*captured.inputs, *captured.outputs}
+    new = dict(zip(given, captured.inputs, strict=True))
+    new.update(zip((place.name for place in model.graph.output), captured.outputs, strict=True))
+    taken = [name for node in model.graph.node for name in node.output] + [v.name for v in model.graph.initializer]
+    new.update({name: f"{name}.inner" for name in taken if name in asked})
+    for node in model.graph.node:
+        node.input[:] = [new.get(name, name) for name in node.input]
+        node.output[:] = [new.get(name, name) for name in node.output]
+    for place in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
+        place.name = new.get(place.name, place.name)
 
 
 def check(model: ModelProto, profile: str) -> None:
@@ -141,20 +228,21 @@ def _registered() -> Any:
     decomposed = set(torch.export.default_decompositions())
 
     def known(op: Any) -> bool:
-        return registry.is_registered(op) or op in decomposed
+        return op in TRANSLATIONS or op in decomposed or registry.is_registered(op)
 
     return known
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter speaks to standard output and its logger."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter speaks to standard output and to loggers."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnx_ir", "onnxscript"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -49,30 +49,55 @@ class Normalise:
 
 
 class RandomFlip:
-    """Mirror each image left-right with probability 1/2."""
+    """Mirror each image left-right with probability 1/2.
+
+    Args:
+        generator: source of the draws; default: the global one of the images' device.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
 
     def __call__(self, images: Tensor) -> Tensor:
-        mirrored = torch.rand(len(images), device=images.device) < 0.5
+        mirrored = drawn(len(images), images, self.generator) < 0.5
         return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 class RandomCrop:
-    """Zero-pad each image by ``padding`` pixels and cut its original size out at a random place."""
+    """Pad each image by ``padding`` pixels and cut its original size out at a random place.
 
-    def __init__(self, padding: int = 4) -> None:
+    Args:
+        padding: pixels on each side.
+        fill: value of the padding, per channel; one value serves all.
+        generator: source of the draws; default: the global one of the images' device.
+    """
+
+    def __init__(
+        self, padding: int = 4, *, fill: Sequence[float] = (0.0,), generator: torch.Generator | None = None
+    ) -> None:
         self.padding = padding
+        self.fill = tuple(fill)
+        self.generator = generator
 
     def __call__(self, images: Tensor) -> Tensor:
         count, channels, height, width = images.shape
         pad, device = self.padding, images.device
-        padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-        top = torch.randint(0, 2 * pad + 1, (count, 1), device=device)
-        left = torch.randint(0, 2 * pad + 1, (count, 1), device=device)
-        rows = (top + torch.arange(height, device=device)).view(count, 1, height, 1)
-        columns = (left + torch.arange(width, device=device)).view(count, 1, 1, width)
-        sample = torch.arange(count, device=device).view(-1, 1, 1, 1)
-        channel = torch.arange(channels, device=device).view(1, -1, 1, 1)
-        return padded[sample, channel, rows, columns]
+        place = device if self.generator is None else self.generator.device
+        top, left = (
+            torch.randint(0, 2 * pad + 1, (count, 1), generator=self.generator, device=place).to(device).squeeze(1)
+            for _ in range(2)
+        )
+        fill = torch.tensor(self.fill, dtype=images.dtype, device=device).view(1, -1, 1, 1)
+        padded = fill.expand(count, channels, height + 2 * pad, width + 2 * pad).contiguous()
+        padded[:, :, pad : pad + height, pad : pad + width] = images
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        return windows[torch.arange(count, device=device), :, top, left]
+
+
+def drawn(count: int, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """``count`` numbers from 0 to 1 on the images' device, drawn where the generator is."""
+    place = images.device if generator is None else generator.device
+    return torch.rand(count, generator=generator, device=place).to(images.device)
 
 
 class PerSample:

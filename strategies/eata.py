@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -76,6 +76,7 @@ class EATA(Tent):
         self.fisher: dict[str, Tensor] = {}
         self.average: Tensor | None = None
         self.kept = 0
+        self._classes = 0
 
     def prepare_with(self, batches: Batches) -> None:
         """The Fisher diagonal of the parameters that adapt, from the first ``fisher_samples`` source images.
@@ -124,14 +125,18 @@ class EATA(Tent):
         """The moving average again."""
         self.average = state["average"].detach().to(self.device, copy=True) if "average" in state else None
 
+    def declare_step(self, *, batch_size: int, input_shape: Sequence[int], **options: Any) -> Any:
+        """See :meth:`Adapter.declare_step`."""
+        if self.started and self.average is None:
+            # The average has a place per class; only the model's answer says for certain how many there are.
+            self._classes = self.predict(torch.zeros(batch_size, *input_shape, device=self.device)).shape[1]
+        return super().declare_step(batch_size=batch_size, input_shape=input_shape, **options)
+
     def step_tensors(self) -> dict[str, Tensor]:
         """The moving average, and whether there is one."""
         if self.average is not None:
             return {"average": self.average, "begun": torch.ones(1)}
-        with torch.no_grad():
-            head = getattr(self.model, "head", None)
-            classes = int(getattr(head, "out_features", 0) or 0)
-        return {"average": torch.zeros(classes), "begun": torch.zeros(1)}
+        return {"average": torch.zeros(self._classes), "begun": torch.zeros(1)}
 
     def step_adaptation(self, x: Tensor, method: dict[str, Tensor]) -> Adaptation:
         """As :meth:`adapt`, with sums over masks where that takes parts of the batch."""

@@ -118,6 +118,11 @@ def _adapter(name: str, where: str, description: str, paper: str, **more: Any) -
     )
 
 
+# What a network that grows at every experience cannot take: anchors and teachers of a fixed shape, other networks.
+_GROWING = (
+    "reset", "adab2n", "ewc", "online_ewc", "feat_kd", "mobiletl", "sherl", "unipt", "lst", "tinytl", "lean",
+)  # fmt: skip
+
 _RECORDS = (
     _record("naive", "naive:Naive", "Fine-tuning on each experience; the lower bound.", "-", "ours (the template)"),
     _record(
@@ -175,11 +180,29 @@ _RECORDS = (
         exportable=False,
     ),
     _record(
+        "wa", "wa:WA", "Herded exemplars, distillation, then the head's new rows aligned.", "arXiv 1911.07053",
+        "ours", defaults=MappingProxyType({"reset_optimizer": True}), source_of_defaults="arXiv 1911.07053, 2205.13218",
+    ),
+    _record(
+        "memo", "memo:MEMO", "Shared layers and a copy of the last stages per task, a head over all their features.",
+        "arXiv 2205.13218", "ours", defaults=MappingProxyType({"reset_optimizer": True}),
+        source_of_defaults="the authors' code; train_base off as there", excludes=_GROWING,
+    ),
+    _record(
+        "der_expand", "der_expand:DERExpand", "DER without pruning: a whole backbone per task, one head over all.",
+        "arXiv 2103.16788", "ours", defaults=MappingProxyType({"reset_optimizer": True}),
+        source_of_defaults="arXiv 2205.13218, as compared there", excludes=_GROWING,
+    ),
+    _record(
         "rehearsal_free", "rehearsal_free:RehearsalFree",
         "Prediction and feature distillation, EWC and L2 without exemplars, in any combination.", "arXiv 2203.17269",
         "ours", defaults=MappingProxyType({"pred_kd": True, "reset_optimizer": True}),
         source_of_defaults="the authors' code of August 2022; PredKD is its best from scratch",
         excludes=("pred_kd", "feat_kd", "l2", "online_ewc"),  # options of its own
+    ),
+    _record(
+        "prd", "prd:PRD", "Contrastive features, prototypes that follow them, and their relation distilled.",
+        "arXiv 2303.14771", "ours", source_of_defaults="the authors' code; crop by image size and epochs ours",
     ),
     _plugin(
         "l2", "penalties:L2Plugin", "Pull of the encoder towards its earlier weights.", "arXiv 2203.17269",
@@ -218,17 +241,17 @@ _RECORDS = (
     ),
     _plugin(
         "sherl", "sherl:SHERLPlugin", "Frozen backbone, an early route over its features, its last block run again.",
-        "arXiv 2407.07523", "the authors' code; width in proportion on other hosts", kind="transfer", exportable=False,
+        "arXiv 2407.07523", "the authors' code; width in proportion on other hosts", kind="transfer",
         excludes=("nap", "unipt", "lst"),
     ),
     _plugin(
         "unipt", "unipt:UniPTPlugin", "Frozen backbone, a parallel module over its features.", "arXiv 2308.14316",
-        "the authors' code; width in proportion on other hosts", kind="transfer", exportable=False,
+        "the authors' code; width in proportion on other hosts", kind="transfer",
         excludes=("nap", "sherl", "lst"),
     ),
     _plugin(
         "lst", "lst:LSTPlugin", "Frozen backbone, a narrow ladder network beside it.", "arXiv 2206.06522",
-        "arXiv 2206.06522", kind="transfer", exportable=False, excludes=("nap", "sherl", "unipt"),
+        "arXiv 2206.06522", kind="transfer", excludes=("nap", "sherl", "unipt"),
     ),
     _plugin(
         "tinytl", "tinytl:TinyTLPlugin", "Biases and small residual branches train beside frozen blocks.",

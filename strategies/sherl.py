@@ -122,7 +122,6 @@ class SidePlugin(SupervisedPlugin):
         seed: of the initial weights of what is added; ``None`` takes the model's own, else 0.
     """
 
-    not_exportable = "its graph does not agree with PyTorch's in ONNX Runtime yet; export last blocks or mobiletl"
     method = "side tuning"
     network: type[SideTuned] = SideTuned
 

@@ -49,7 +49,7 @@ class Input:
         shape: fixed.
         dtype: of the tensor.
         meaning: what the runner puts there: ``frames``, ``labels``, ``memory_frames``, ``memory_labels``,
-            ``learning_rate``, ``class_mask``, ``old_class_mask``.
+            ``learning_rate``, ``class_mask``, ``old_class_mask``, ``uniform`` (new numbers in [0, 1) for every step).
     """
 
     shape: tuple[int, ...]
@@ -157,13 +157,15 @@ def moving_buffers(model: nn.Module, function: Callable[[Tensors], Any]) -> list
     BatchNorm counts its batches, which only a momentum of ``None`` (or AdaB2N's kappa 0) looks at.
     """
     copies = {name: held.clone() for name, held in model.named_buffers()}
-    before = {name: held._version for name, held in copies.items()}
+    before = {name: (held._version, held.clone()) for name, held in copies.items()}
     function(copies)
-    return [
-        name
-        for name, held in copies.items()
-        if held._version != before[name] and name.rpartition(".")[2] != "num_batches_tracked"
-    ]
+
+    def moved(name: str) -> bool:
+        # BatchNorm writes to its statistics without telling their version counters.
+        version, value = before[name]
+        return copies[name]._version != version or not torch.equal(copies[name], value)
+
+    return [name for name in copies if name.rpartition(".")[2] != "num_batches_tracked" and moved(name)]
 
 
 def where_any(gate: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tensors:

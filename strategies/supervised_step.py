@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from contlearn.errors import ContlearnError
 from contlearn.models._growing_head import UNSEEN, GrowingHead
+from contlearn.strategies.drawn import NAME as UNIFORM
+from contlearn.strategies.drawn import Drawn
 from contlearn.strategies.step import Input, Memory, NotExportable, Step, Tensors, buffers_of, moving_buffers, swapped
 from contlearn.strategies.step_part import Masks, PlainStep
 from contlearn.strategies.updates import Update
@@ -75,6 +77,7 @@ def supervised_step(
     for prefix, module in beside.items():
         own.update({f"{prefix}.{name}": t for name, t in module.state_dict().items() if t.is_floating_point()})
     inputs = _inputs(batch_size, tuple(input_shape), outputs, memory)
+    draws: list[tuple[int, ...]] = []
 
     def run(weights: Tensors, statistics: Tensors, state: Tensors, given: Tensors) -> tuple[Tensor, Tensor]:
         modules: dict[str, nn.Module] = {"model": model}
@@ -84,9 +87,10 @@ def supervised_step(
             start = f"{prefix}."
             held.update({f"beside{index}.{n.removeprefix(start)}": t for n, t in state.items() if n.startswith(start)})
         masks = Masks(given["class_mask"], given["old_class_mask"])
-        return swapped(  # type: ignore[no-any-return]
-            modules, held, lambda: _forward(strategy, parts, state, masks, given)
-        )
+        with Drawn({name: given[name] for name in inputs if name.startswith(UNIFORM)}) as drawn:
+            found = swapped(modules, held, lambda: _forward(strategy, parts, state, masks, given))
+        draws[:] = drawn.shapes
+        return found  # type: ignore[no-any-return]
 
     examples = Step(
         "", model, inputs, {}, {}, None, None, outputs, open_classes=tuple(known)  # type: ignore[arg-type]
@@ -94,6 +98,7 @@ def supervised_step(
     examples["lr"] = torch.tensor([update.lr])
     leaves = _leaves({name: p.detach() for name, p in trained.items()})
     moving = moving_buffers(model, lambda copies: run(leaves, copies, own, examples))
+    inputs.update({f"{UNIFORM}{k}": Input(shape, torch.float32, "uniform") for k, shape in enumerate(draws)})
     moving += [name for part in parts for name in part.step_buffers(strategy) if name not in moving]
     state = {
         **{name: p.detach().clone() for name, p in trained.items()},

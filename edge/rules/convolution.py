@@ -18,6 +18,9 @@ from contlearn.edge.rules.shapes import numbers, spread
 
 aten = torch.ops.aten
 
+# Up to here pixels of a map come last in a pointwise product.
+FEW_PIXELS = 36
+
 
 def by_transpose(gradient: Tensor, weight: Tensor, size: Sequence[int], how: Geometry) -> Tensor:
     """Transposed convolution by the weight."""
@@ -61,15 +64,22 @@ def by_pixels(gradient: Tensor, weight: Tensor, size: Sequence[int], how: Geomet
     batch, channels, kernel = gradient.shape[0], gradient.shape[1], math.prod(how.kernel)
     picks = convolution_weight.pixel_picks(size, list(gradient.shape[2:]), how, weight.dtype)
     into, outof = picks.shape[:2]
-    laid = picks.permute(2, 1, 0).reshape(kernel, outof * into)
-    matrix = torch.matmul(weight.reshape(channels, kernel), laid).reshape(channels, outof, into)
+    laid = picks.permute(2, 0, 1).reshape(kernel, into * outof)  # as in the forward pass: a runtime lays it out once
+    matrix = torch.matmul(weight.reshape(channels, kernel), laid).reshape(channels, into, outof)
     passed = gradient.transpose(0, 1).reshape(channels, batch, outof)
-    return torch.matmul(passed, matrix).transpose(0, 1).reshape([batch, channels, *size])
+    return torch.matmul(passed, matrix.transpose(1, 2)).transpose(0, 1).reshape([batch, channels, *size])
+
+
+def by_product(gradient: Tensor, weight: Tensor, size: Sequence[int], how: Geometry) -> Tensor:
+    """Pointwise: one product with the pixels of the batch as rows, which does not turn the weight round."""
+    flat = torch.matmul(gradient.movedim(1, -1).flatten(0, -2), weight.flatten(1))
+    return flat.reshape([gradient.shape[0], *size, weight.shape[1]]).movedim(-1, 1)
 
 
 INPUT_FORMS: dict[str, Callable[[Tensor, Tensor, Sequence[int], Geometry], Tensor]] = {
     "transpose": by_transpose,
     "flip": by_flip,
+    "product": by_product,
     "pixels": by_pixels,
 }
 
@@ -83,6 +93,8 @@ def choose_input(gradient: Sequence[int], x: Sequence[int], how: Geometry) -> st
         kernel == stride == 1 and padding == 0
         for kernel, stride, padding in zip(how.kernel, how.stride, how.padding, strict=True)
     )
+    if pointwise and how.groups == 1 and math.prod(x[2:]) <= FEW_PIXELS:
+        return "product"
     return "flip" if pointwise else "transpose"
 
 

@@ -83,7 +83,7 @@ def by_products(gradient: Tensor, x: Tensor, how: Geometry) -> Tensor:
     return torch.stack(parts, 1).reshape([x.shape[1], 1, *how.kernel])
 
 
-def _meets(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[list[list[float]]]:
+def meets(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[list[list[float]]]:
     """``[in][out][kernel]``: 1 where an input position and an output position meet at a kernel position."""
     return [
         [[float(o * stride + k * dilation - padding == i) for k in range(kernel)] for o in range(out)]
@@ -93,11 +93,11 @@ def _meets(size: int, out: int, kernel: int, stride: int, padding: int, dilation
 
 def pixel_picks(size: Sequence[int], out: Sequence[int], how: Geometry, dtype: torch.dtype) -> Tensor:
     """``(in pixels, out pixels, kernel positions)``: 1 where the three meet in a 2-D convolution."""
-    meets = [
-        _meets(size[a], out[a], how.kernel[a], how.stride[a], how.padding[a], how.dilation[a]) for a in (0, 1)
+    met = [
+        meets(size[a], out[a], how.kernel[a], how.stride[a], how.padding[a], how.dilation[a]) for a in (0, 1)
     ]
     # Multiplied out before the trace sees it, so that the graph holds one constant.
-    whole = np.einsum("hoi,wpj->hwopij", np.asarray(meets[0]), np.asarray(meets[1]))
+    whole = np.einsum("hoi,wpj->hwopij", np.asarray(met[0]), np.asarray(met[1]))
     flat = whole.reshape(math.prod(size), math.prod(out), math.prod(how.kernel))
     return torch.tensor(flat.tolist(), dtype=dtype)
 
@@ -113,7 +113,7 @@ def by_rows(gradient: Tensor, x: Tensor, how: Geometry) -> Tensor:
     reach = (height_out - 1) * how.stride[0] + how.dilation[0] * (how.kernel[0] - 1) + 1
     low = how.padding[0]
     whole = padded(x.transpose(0, 1), [0, 0, low, max(reach - low - x.shape[2], 0)])
-    columns = _meets(width, width_out, how.kernel[1], how.stride[1], how.padding[1], how.dilation[1])
+    columns = meets(width, width_out, how.kernel[1], how.stride[1], how.padding[1], how.dilation[1])
     picks = constant(columns, x.dtype).reshape(width * width_out, how.kernel[1])
     rows = []
     for row in range(how.kernel[0]):

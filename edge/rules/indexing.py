@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from contlearn.edge.rules.registry import Gap, Profile, Registry, Rule
-from contlearn.edge.rules.shapes import one_hot, padded, spread
+from contlearn.edge.rules.shapes import constant, one_hot, padded, spread
 
 aten = torch.ops.aten
 
@@ -27,6 +27,17 @@ def select_backward(target: Profile, gradient: Tensor, input_sizes: Sequence[int
     """``gradient`` at ``index`` of a new axis of zeros."""
     dim %= len(input_sizes)
     return spread(gradient.unsqueeze(dim), dim, input_sizes[dim], index % input_sizes[dim], 1)
+
+
+def diagonal_backward(
+    target: Profile, gradient: Tensor, input_sizes: Sequence[int], offset: int, dim1: int, dim2: int
+) -> Tensor:
+    """``gradient`` (..., length) on a diagonal within zeros of ``input_sizes``, by a constant mask."""
+    first, second = dim1 % len(input_sizes), dim2 % len(input_sizes)
+    height, width = input_sizes[first], input_sizes[second]
+    rows = spread(gradient, -1, height, max(-offset, 0), 1)
+    places = constant([[float(column - row == offset) for column in range(width)] for row in range(height)], rows.dtype)
+    return (rows.unsqueeze(-1) * places).movedim((-2, -1), (first, second))
 
 
 def constant_pad_nd(target: Profile, x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
@@ -103,6 +114,7 @@ REGISTRY = Registry(
     [
         Rule(aten.slice_backward.default, slice_backward, "padding", "gradient of a slice, with steps"),
         Rule(aten.select_backward.default, select_backward, "padding", "gradient of one index"),
+        Rule(aten.diagonal_backward.default, diagonal_backward, "mask", "gradient of a diagonal"),
         Rule(aten.constant_pad_nd.default, constant_pad_nd, "operator, slices", "negative pads as slices"),
         Rule(aten.embedding_dense_backward.default, embedding_dense_backward, "comparison", "to an embedding table"),
         Rule(aten.index_put.default, index_put, "comparison, operator", "gradient of indexing by tensors"),

@@ -1,4 +1,7 @@
-"""Operators that draw random numbers: refused, since a portable graph is a pure function of its inputs."""
+"""Operators that draw random numbers: refused, since a portable graph is a pure function of its inputs.
+
+Dropout does not come here from a strategy's step, which takes its numbers as inputs (``contlearn.strategies.drawn``).
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ class Profile:
         allows_dilated_dynamic_conv: Conv with run-time weights may be dilated.
         allows_batch_norm_op: BatchNormalization may take run-time statistics.
         allows_layer_norm_statistics: LayerNormalization may give its mean and inverse deviation.
+        slow_depthwise: depthwise Conv with run-time weights is slower than products of matrices on small maps.
     """
 
     name: str
@@ -36,14 +37,15 @@ class Profile:
     allows_dilated_dynamic_conv: bool
     allows_batch_norm_op: bool
     allows_layer_norm_statistics: bool
+    slow_depthwise: bool
 
 
 PROFILES: Mapping[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("onnxruntime", 18, True, True, True, True, True),
-        Profile("coreml", 18, False, True, False, False, False),
-        Profile("tensorrt", 18, False, False, True, False, False),
+        Profile("onnxruntime", 18, True, True, True, True, True, True),
+        Profile("coreml", 18, False, True, False, False, False, False),
+        Profile("tensorrt", 18, False, False, True, False, False, False),
     )
 }
 

@@ -171,7 +171,6 @@ def test_an_unfinished_run(here: Path, refused: Refused) -> None:
         (["good.yaml", "--out", "a", "--batch-size", "0"], ["--batch-size", "expected a whole number from 1"]),
         (["good.yaml", "--out", "a", "--profile", "onnx"], ["unknown target profile 'onnx'"]),
         (["good.yaml", "--out", "a", "--strategy.lrr=1"], ["unknown key 'strategy.lrr'; did you mean 'strategy.lr'?"]),
-        (["good.yaml", "--out", "a", "--model.dropout=0.5"], ["dropout", "set dropout to 0"]),
         (["good.yaml", "--out", "a", "--strategy.name=agem"], ["AGEMPlugin: "]),
         (["good.yaml", "--out", "a", "--strategy.name=replay", "--strategy.policy=herding"], ["HerdingBuffer cannot"]),
         (["good.yaml", "--out", "a", "--classes", "3", "--model.head=fixed"], ["classes: the model's head has 10"]),

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contlearn.edge.capture import trace
 from contlearn.edge.rules import PROFILES, Gap
 from contlearn.edge.rules import convolution as rule
+from contlearn.edge.rules import convolution_forward as forward
 from contlearn.edge.rules.convolution_weight import FORMS, Geometry, choose
 
 BATCH = 3
@@ -92,6 +94,9 @@ def test_every_form_with_odd_attributes(channels, attributes, seed):
     for name, form in rule.INPUT_FORMS.items():
         if name == "pixels" and (len(kernel) != 2 or not channels[0] == channels[1] == channels[2]):
             continue
+        pointwise = all(k == s == 1 and p == 0 for k, s, p in zip(kernel, stride, padding, strict=True))
+        if name == "product" and (channels[2] > 1 or not pointwise):
+            continue
         scale = float(gradient.abs().max() * weight.abs().max())
         assert float((form(gradient, weight, size, how).double() - exact[0]).abs().max()) <= 2e-5 * scale, name
 
@@ -133,3 +138,42 @@ def test_an_unbatched_gradient_is_a_gap_that_says_what_to_do():
             PROFILES["onnxruntime"], torch.zeros(4, 5, 5), torch.zeros(4, 5, 5), torch.zeros(4, 4, 1, 1), [4], [1, 1],
             [0, 0], [1, 1], False, [0, 0], 1, [True] * 3,
         )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.integers(2, 4),
+    attributes=st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2), st.integers(1, 13)),
+        min_size=2,
+        max_size=2,
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_every_form_of_a_depthwise_convolution(channels, attributes, seed):
+    kernel, stride, padding, dilation, size = (list(values) for values in zip(*attributes, strict=True))
+    made = case((channels,) * 3, kernel, stride, padding, dilation, size, seed=seed)
+    if made is None:
+        return
+    _, x, weight, _, _ = made
+    how = Geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), channels)
+    exact = torch.conv2d(x.double(), weight.double(), None, stride, padding, dilation, channels)
+    for name, form in forward.FORMS.items():
+        got = form(x, weight, how)
+        assert got.shape == exact.shape, name
+        assert float((got.double() - exact).abs().max()) <= 2e-5 * float(x.abs().max() * weight.abs().max()), name
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_only_weights_that_train_take_products_in_place_of_a_depthwise_convolution(profile):
+    frozen = torch.randn(8, 1, 3, 3)
+
+    def function(named):
+        fixed = torch.conv2d(named["x"], frozen, None, 1, 1, 1, 8)
+        return {"y": torch.conv2d(fixed, named["weight"], named["bias"], 1, 1, 1, 8)}
+
+    given = {"x": torch.randn(2, 8, 6, 6), "weight": torch.randn(8, 1, 3, 3), "bias": torch.randn(8)}
+    captured = trace(function, given, profile=profile)
+    left = [n for n in captured.graph.graph.nodes if n.target is torch.ops.aten.convolution.default]
+    assert len(left) == (1 if profile == "onnxruntime" else 2)
+    torch.testing.assert_close(captured(given)["y"], function(given)["y"], rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from contlearn.edge import rules
+from contlearn.edge.operators import TRANSLATIONS
 from contlearn.strategies import packed
 from contlearn.strategies.step import tracing
 
@@ -43,7 +44,8 @@ def lowered(function, inputs, target):
     graph = make_fx(function, decomposition_table=rules.table(target))(*inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(graph, tuple(inputs), dynamo=True, opset_version=18, verbose=False)
+        program = torch.onnx.export(graph, tuple(inputs), dynamo=True, opset_version=18, verbose=False,
+                                    custom_translation_table=TRANSLATIONS)  # fmt: skip
     model = program.model_proto
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -25,6 +25,7 @@ LOOP = {
     "milestones", "gamma", "warmup_epochs", "clip_grad_norm", "amp", "eval_batch_size", "device", "criterion",
     "plugins", "evaluator",
 }  # fmt: skip
+HERDED = {"memory_size", "per_class", "memory_budget", "budget_covers", "budget_reference", "classifier", "align"}
 OWN = {
     "naive": set(),
     "joint": set(),
@@ -39,8 +40,15 @@ OWN = {
     "agem": {"patterns_per_experience", "memory_budget", "sample_size", "partial_batches"},
     "gdumb": {"memory_size", "memory_budget"},
     "icarl": {"memory_size", "memory_budget", "classifier", "mirror"},
+    "wa": {*HERDED, "temperature"},
+    "memo": {*HERDED, "alpha_aux", "specialised", "train_base"},
+    "der_expand": {*HERDED, "alpha_aux"},
     "rehearsal_free": {
         "class_loss", "loss_scale", "pred_kd", "feat_kd", "l2", "ewc", "fisher", "temperature", "update_mode",
+    },
+    "prd": {
+        "alpha", "beta", "temperature", "prototypes_lr", "relation", "distil_temperature", "teacher_mode",
+        "first_experience_extra_epochs", "views", "crop", "flip", "jitter", "grayscale", "seed",
     },
     "l2": {"coefficient", "anchor", "parameters"},
     "online_ewc": {"coefficient", "fisher", "half", "parameters"},
@@ -147,6 +155,7 @@ def changed(name: str) -> dict[str, object]:
         "affine": "fixed", "affine_decay": 0.1, "rate": "linear", "total_steps": 30, "final_factor": 0.1,
         "reference_scale": "layer", "reference_power": 2, "log_size": 16, "to": "fresh", "head": True, "moments": False,
         "blocks": 2, "head_layers": "frozen", "activation_backward": "exact", "last_norm": "running",
+        "alpha_aux": 0.5, "specialised": 1, "train_base": True, "align": True, "budget_covers": "model",
         "trunk_int8": True, "trunk_batch": 4, "cache_trunk": True, "width": 12, "late": "none", "redundancy":
         "detached", "residual": "none", "dropout": 0.2, "eps": 1e-6, "packed": False,
         "seed": 3, "confidence": "merged", "factor": 4, "init": "random", "biases": False, "kernel": 3, "groups": 1,
@@ -244,7 +253,7 @@ def test_an_unknown_strategy_gets_the_nearest(stream, small) -> None:
 def test_the_list_can_be_narrowed() -> None:
     assert list(OWN) == SUPERVISED and strategies.list() == [*OWN, *ADAPTERS] == list(STRATEGIES)
     assert strategies.list(kind="test-time") == list(ADAPTERS)
-    assert strategies.list("der*") == ["der", "derpp"]
+    assert strategies.list("der*") == ["der", "derpp", "der_expand"]
     plugins = strategies.list(kind="plug-in")
     assert plugins == ["l2", "online_ewc", "pred_kd", "feat_kd", "adab2n", "nap", "reset", "mesa"]
     transfer = strategies.list(kind="transfer")

@@ -14,23 +14,25 @@ from contlearn import models, strategies
 from contlearn.errors import ContlearnError
 from contlearn.models import Classifier, GrowingHead
 from contlearn.models._resnet18 import SmallImageResNet18
+from contlearn.strategies.drawn import Drawn
 from contlearn.strategies.step import NotExportable
 
 SUPERVISED = strategies.list(kind=("class-incremental", "plug-in", "transfer"))
 WITHOUT = {
     "joint": "Joint: ", "cumulative": "Cumulative: ", "der": "DER: ", "derpp": "DER: ", "si": "SIPlugin: ",
     "agem": "AGEMPlugin: ", "gdumb": "GDumb: ", "icarl": "ICaRL: ", "mesa": "MesaPlugin: ",
-    "sherl": "SHERLPlugin: ", "unipt": "UniPTPlugin: ", "lst": "LSTPlugin: ",
 }  # fmt: skip
 EXPORTABLE = [name for name in SUPERVISED if name not in WITHOUT]
+BATCH = 16
 OPTIONS: dict[str, dict[str, Any]] = {
     "replay": {"memory_size": 16, "batch_size_memory": 8},
     "er_ace": {"memory_size": 16, "batch_size_memory": 8},
+    # New data and exemplars in one batch.
+    **{name: {"memory_size": 8, "batch_size": BATCH + 8} for name in ("wa", "memo", "der_expand")},
     "ewc": {"ewc_lambda": 10.0},
     "rehearsal_free": {"feat_kd": 2.0, "l2": 0.05, "ewc": 3.0},
     "sherl": {"dropout": 0.0},
 }
-BATCH = 16
 
 
 def network(name: str, stream: Any, small: Any, normed: Any) -> nn.Module:
@@ -60,6 +62,7 @@ class Recorder(SupervisedPlugin):
         strategy.plugins.append(self)
         self.step = twin.declare_step(batch_size=BATCH, input_shape=strategy.model.input_shape or (1, 4, 4))
         self.state = {name: held.clone() for name, held in self.step.state.items()}
+        self.before = {name: held.detach().clone() for name, held in strategy.model.state_dict().items()}
 
     def after_forward(self, strategy: Any, **_: Any) -> None:
         if self.step is not None:
@@ -81,7 +84,7 @@ def recorded(name: str, stream: Any, small: Any, normed: Any, **options: Any) ->
     if given.get("optimizer", "sgd") != "sgd":
         given["momentum"] = 0.0
     strategy = strategies.create(
-        name, network(name, stream, small, normed), epochs=1, batch_size=BATCH, device="cpu",
+        name, network(name, stream, small, normed), epochs=1, batch_size=given.pop("batch_size", BATCH), device="cpu",
         plugins=[*given.pop("plugins", []), recorder], **given,
     )  # fmt: skip
     for experience in list(stream.train_stream)[:2]:
@@ -113,8 +116,8 @@ def check(recorder: Recorder, *, tolerance: float = 1e-5) -> None:
         change = (recorder.after[name] - recorder.state[name]).norm()
         assert (new[name] - recorder.after[name]).norm() <= tolerance * change + 1e-7, name
     for name, held in recorder.after.items():  # and nothing else moved in the loop
-        if name not in moved and held.is_floating_point() and name in recorder.state:
-            assert torch.equal(held, recorder.state[name]), name
+        if name not in moved and held.is_floating_point():
+            assert torch.equal(held, recorder.before[name]), name
 
 
 @pytest.mark.parametrize("name", EXPORTABLE)
@@ -217,6 +220,65 @@ def test_what_cannot_be_exported_for_the_model_or_the_options_is_named(stream, s
         )
 
 
+# ---------------------------------------------------------------------- dropout
+
+
+class Dropping(nn.Module):
+    """Every kind of dropout that a step takes numbers for."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+        self.conv, self.units, self.channels = nn.Conv2d(1, 4, 1), nn.Dropout(p), nn.Dropout2d(p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.channels(self.units(self.conv(x)))
+        if self.training and self.p:  # stochastic depth, as timm writes it
+            h = h * h.new_empty((len(h), 1, 1, 1)).bernoulli_(1 - self.p).div_(1 - self.p)
+        return h.mean((2, 3))
+
+
+def test_dropout_takes_its_numbers_from_inputs(stream) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Classifier(Dropping(0.25), nn.Linear(4, 3), feature_dim=4)
+    before = torch.random.get_rng_state()
+    step = strategies.create("naive", model, lr=0.1).declare_step(batch_size=6, input_shape=(1, 4, 4))
+    drawn = {name: one.shape for name, one in step.inputs.items() if one.meaning == "uniform"}
+    assert drawn == {"uniform_0": (6, 4, 4, 4), "uniform_1": (6, 4, 1, 1), "uniform_2": (6, 1, 1, 1)}
+    given = step.examples(3)
+    logits = step.compute(step.state, given)[0]["logits"]
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing is drawn anywhere else
+    with torch.no_grad():
+        h = model.backbone.conv(given["x"])
+        h = h * (given["uniform_0"] >= 0.25) / 0.75 * (given["uniform_1"] >= 0.25) / 0.75
+        h = h * (given["uniform_2"] >= 0.25) / 0.75
+        expected = model.head(h.mean((2, 3)))
+    torch.testing.assert_close(logits, expected)
+    other = {**given, "uniform_0": given["uniform_0"].flip(0)}
+    assert not torch.allclose(step.compute(step.state, other)[0]["logits"], logits)
+    whole = step.predict(step.state, given)
+    torch.testing.assert_close(whole, model.eval()(given["x"]))
+
+
+def test_a_model_that_drops_nothing_asks_for_no_numbers(stream) -> None:
+    model = Classifier(Dropping(0.0), nn.Linear(4, 3), feature_dim=4)
+    step = strategies.create("naive", model, lr=0.1).declare_step(batch_size=6, input_shape=(1, 4, 4))
+    assert not [name for name, one in step.inputs.items() if one.meaning == "uniform"]
+
+
+@pytest.mark.parametrize(("p", "share"), [(0.3, 0.7), (1.0, 0.0)])
+def test_given_numbers_drop_as_many_as_pytorch_drops(p, share) -> None:
+    numbers = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    x = torch.ones(20000)
+    with Drawn({"uniform_0": numbers}):
+        out = nn.functional.dropout(x, p)
+        assert nn.functional.dropout(x, p, training=False) is x
+    kept = out > 0
+    assert abs(float(kept.float().mean()) - share) < 0.02
+    assert set(out.unique().tolist()) <= set(nn.functional.dropout(x, p).unique().tolist()) | {0.0}
+
+
 # ---------------------------------------------------------------------- adapters
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -259,6 +321,21 @@ def test_an_adapters_step_is_what_it_does_with_a_batch(name) -> None:
     if name != "bn_stats":
         assert float(outputs["loss"]) == pytest.approx(one.last_loss, rel=1e-4)
     torch.testing.assert_close(step.predict({**before, **new}, given), one.predict(images(7)), rtol=1e-3, atol=1e-4)
+
+
+def test_eata_counts_the_classes_of_a_head_that_does_not_tell() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 5))
+        model = Classifier(SmallImageResNet18(1, 4), head, feature_dim=32)
+    one = strategies.create("eata", model, batch_size=8, guard="off", margin=1.0, d_margin=1.0).start()
+    before = {name: held.clone() for name, held in model.state_dict().items()}
+    step = one.declare_step(batch_size=8, input_shape=(1, 12, 12))
+    assert step.classes == 5 and torch.equal(step.state["method.average"], torch.zeros(5))
+    assert all(torch.equal(held, before[name]) for name, held in model.state_dict().items())
+    new = step.compute(step.state, {"x": images(3), "lr": torch.tensor([one.lr])})[1]
+    one(images(3))
+    torch.testing.assert_close(new["method.average"], one.average)
 
 
 @pytest.mark.parametrize("name", ["eata", "ecotta"])
