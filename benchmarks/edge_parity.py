@@ -53,6 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nap": {"every": 2, "rate": "linear", "total_steps": 30},
     "bn_stats": {"prior": 8.0, "carry": True},
     "eata": {"margin": 1.0, "d_margin": 1.0},
+    "prd": {"views": 1},
     "ecotta": {"warmup_epochs": 0, "margin": 1.0},
 }
 # Where a method is measured by default: a network that it was made for; all others on the small ones.

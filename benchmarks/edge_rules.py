@@ -65,7 +65,7 @@ def medians(runs: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[]
 
 
 def convolution(shape: tuple[int, ...], batch: int, threads: int, repeats: int, clock: Any) -> list[dict[str, Any]]:
-    """One record per gradient, and for the output of a depthwise one: PyTorch's milliseconds, each form's ratio to them, and the chosen form."""
+    """One record per gradient, and per output of a depthwise one: PyTorch's ms, ratios to it, the choice."""
     import torch
 
     from contlearn.edge.rules import PROFILES

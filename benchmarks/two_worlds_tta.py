@@ -48,8 +48,9 @@ def both(config: Path, seed: int, python: str) -> dict[str, Any]:
     batch = made.strategy.batch_size
     with tempfile.TemporaryDirectory() as place:
         shipped = export(
-            made.strategy, Path(place) / "artifact", batch_size=batch, input_shape=made.stream.input_shape, measure=False
-        )
+            made.strategy, Path(place) / "artifact", batch_size=batch, input_shape=made.stream.input_shape,
+            measure=False,
+        )  # fmt: skip
         frames = {}
         for index, visit in enumerate(visits_of(made.stream)):
             source = BatchSource(visit.dataset, torch.device("cpu"))

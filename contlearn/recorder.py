@@ -17,7 +17,6 @@ from contlearn.events import EventLog
 from contlearn.progress import Progress
 from contlearn.results import environment
 
-
 _COUNTS = ("correct", "correct_local", "correct_upto")
 
 

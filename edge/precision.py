@@ -1,6 +1,7 @@
 """The same computation at other precisions: in float64, and in float32 with other roundings.
 
-Both work below autograd, so that whatever a step does, its backward pass included, is concerned.
+Both work below autograd, so that whatever a step does, its backward pass included, is concerned. And by a network whose
+weights are a little off.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -78,3 +79,20 @@ class OtherRounding(TorchDispatchMode):
             return value
         share = torch.rand(value.shape, generator=self.generator) * 2 - 1
         return value * (1 + share * self.units * torch.finfo(torch.float32).eps)
+
+
+@contextlib.contextmanager
+def weights_off(model: nn.Module, share: float, generator: torch.Generator) -> Iterator[None]:
+    """Inside, every parameter that ``model`` holds has noise of ``share`` of its root mean square: frozen ones, too."""
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    try:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.is_floating_point() and parameter.numel():
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                    parameter.add_(share * parameter.square().mean().sqrt() * noise)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(kept[name])

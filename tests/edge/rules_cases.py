@@ -59,6 +59,8 @@ NORMS = {
     "instance": (lambda x: F.instance_norm(x), [_floats(3, 4, 5, 6)]),
     "var_mean": (lambda x: torch.cat([v.flatten() for v in torch.var_mean(x, (0, 2))]), [_floats(3, 4, 5)]),
     "std": (lambda x: x.std(1, correction=0), [_floats(3, 4, 5)]),
+    "mean of many": (lambda x: x.abs().mean(), [_floats(8, 16, 20, 30)]),
+    "sum of many": (lambda x: (x * x).sum(), [_floats(5, 61, 71)]),
     "rms": (lambda x, w: F.rms_norm(x, (6,), w), [_floats(3, 4, 6), _floats(6)]),
 }  # fmt: skip
 

@@ -99,3 +99,9 @@ def test_single_values_take_the_rank_of_weights_that_end_in_ones():
     before = model.SerializeToString()
     give_full_rank(model)
     assert model.SerializeToString() == before  # nothing is left to do
+
+
+def test_a_mean_of_a_million_values_keeps_its_digits():
+    given = {"x": torch.rand(64, 16, 32, 32, generator=torch.Generator().manual_seed(0))}
+    got = run(lower(trace(lambda named: {"y": named["x"].mean().reshape(1)}, given, profile="onnxruntime")), given)
+    assert float(got["y"][0]) == pytest.approx(float(given["x"].double().mean()), rel=2e-6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from contlearn.edge import verify as checks
-from contlearn.edge.precision import OtherRounding, doubled, in_float64
+from contlearn.edge.precision import OtherRounding, doubled, in_float64, weights_off
 from contlearn.edge.verify import ROUNDING, UPDATE, ParityError, examine, verify
 from contlearn.strategies.step import Input, Step
 
@@ -166,3 +166,39 @@ def test_a_graph_that_writes_to_its_inputs(own: bool) -> None:
         with pytest.raises(ParityError, match="the graph writes to its input 'm'"):
             graph(tensors)
     assert torch.equal(tensors["m"], torch.full((3,), 7.0))
+
+
+def test_a_control_of_a_frozen_network_has_its_weights_perturbed() -> None:
+    """Only statistics move here: without the frozen weight's perturbation the control would be PyTorch itself."""
+    model = nn.Linear(5, 3, bias=False)
+
+    def compute(state: Tensors, given: Tensors) -> tuple[Tensors, Tensors]:
+        scores = given["x"] @ model.weight.detach().t()
+        return {"loss": scores.mean().reshape(1), "logits": scores}, {"mean": 0.5 * state["mean"] + scores.mean(0)}
+
+    inputs = {"x": Input((4, 5), torch.float32, "frames")}
+    state, roles = {"mean": torch.zeros(3)}, {"mean": "statistic"}
+    step = Step("frozen", model, inputs, state, roles, compute, lambda state, given: given["x"], classes=3)
+
+    def graph_off_by(share: float) -> checks.Advance:
+        def device(state: Tensors, given: Tensors) -> tuple[Tensors, Tensors]:
+            outputs, new = compute(state, given)
+            return outputs, {"mean": new["mean"] * (1 + share)}
+
+        return device
+
+    before = model.weight.detach().clone()
+    for share, holds in ((1e-7, True), (1e-4, False)):
+        report = checks.Report()
+        assert checks._many_steps(step, graph_off_by(share), compute, report) is holds
+        assert 1e-7 < report.figures["control_drift"] < 1e-5
+    assert torch.equal(model.weight, before)
+
+
+def test_weights_come_back_to_the_bit_after_an_error() -> None:
+    model = nn.Linear(5, 3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(ZeroDivisionError), weights_off(model, 1e-3, torch.Generator().manual_seed(0)):
+        assert not any(torch.equal(one, two) for one, two in zip(model.parameters(), before, strict=True))
+        raise ZeroDivisionError
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before, strict=True))

@@ -415,7 +415,7 @@ def test_mistakes_get_one_line(stream, small, options, said) -> None:
 
 
 def test_a_model_of_another_make_is_refused() -> None:
-    with pytest.raises(ContlearnError, match="expected a model of contlearn[.]models, got Sequential"):
+    with pytest.raises(ContlearnError, match=r"expected a model of contlearn\.models, got Sequential"):
         strategies.create("prd", nn.Sequential(nn.Flatten(), nn.Linear(16, 6)))
 
 

@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ewc": {"ewc_lambda": 10.0},
     "rehearsal_free": {"feat_kd": 2.0, "l2": 0.05, "ewc": 3.0},
     "sherl": {"dropout": 0.0},
+    "prd": {"views": 1},
 }
 
 
