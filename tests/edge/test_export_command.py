@@ -182,3 +182,17 @@ def test_an_unfinished_run(here: Path, refused: Refused) -> None:
 )
 def test_mistakes_are_one_line_and_write_nothing(arguments: list[str], said: list[str], refused: Refused) -> None:
     refused(arguments, *said)
+
+
+def test_an_adapter_goes_from_its_configuration_to_frames(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "tta.yaml").write_text(
+        "scenario: {name: corruptions, dataset: digits, corruptions: [fog], samples: 64}\n"
+        "model: {name: resnet14}\n"
+        "strategy: {name: bn_stats, batch_size: 16, source_epochs: 1, source_lr: 0.05, device: cpu}\n"
+    )
+    assert cli.main(["export", "tta.yaml", "--out", "a"]) == 0
+    assert "verified: rules, one_step, many_steps" in capsys.readouterr().out
+    manifest = artifact.read("a").manifest
+    assert manifest["method"] == "bn_stats" and {one["meaning"] for one in manifest["inputs"]} == {"frames"}
+    assert cli.main(["adapt", "a", "--data", "digits", "--corruption", "gaussian_noise:3", "--quiet"]) == 0
+    assert "error" in capsys.readouterr().out
