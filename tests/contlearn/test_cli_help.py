@@ -212,7 +212,8 @@ def test_an_entry_is_shown_in_full(said: Callable[..., str]) -> None:
 
 
 def test_lists_take_patterns(said: Callable[..., str]) -> None:
-    assert [row.split()[0] for row in said("list", "strategies", "der*").splitlines()[1:]] == ["der", "derpp"]
+    rows = said("list", "strategies", "der*").splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["der", "derpp", "der_expand"]
     assert [row.split()[0] for row in said("list", "datasets", "cifar*0").splitlines()[1:]] == ["cifar10", "cifar100"]
     assert "timm/resnet10t" in said("list", "models", "timm/resnet1?t")
     assert "timm's resnet10t" in said("list", "models", "resnet10t")

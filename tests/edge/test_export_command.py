@@ -194,5 +194,5 @@ def test_an_adapter_goes_from_its_configuration_to_frames(here: Path, capsys: py
     assert "verified: rules, one_step, many_steps" in capsys.readouterr().out
     manifest = artifact.read("a").manifest
     assert manifest["method"] == "bn_stats" and {one["meaning"] for one in manifest["inputs"]} == {"frames"}
-    assert cli.main(["adapt", "a", "--data", "digits", "--corruption", "gaussian_noise:3", "--quiet"]) == 0
+    assert cli.main(["adapt", "a", "--data", "digits", "--corruption", "gaussian_noise:3"]) == 0
     assert "error" in capsys.readouterr().out

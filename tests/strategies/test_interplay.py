@@ -163,9 +163,13 @@ def test_our_memories_prevent_forgetting_in_avalanches_naive(plain, benchmark, s
 
 @pytest.mark.parametrize("name", [name for name in SUPERVISED if name != "joint"])
 def test_our_strategies_train_on_avalanches_benchmark(plain, benchmark, small, normed, watch, name) -> None:
-    weak = {"l2": {"coefficient": 1e-3}, "feat_kd": {"mu": 0.1}}  # both pull towards the initial, random network
+    # The first two pull towards the initial, random network; at the others' rate PRD's projections become one.
+    apt = {
+        "l2": {"coefficient": 1e-3}, "feat_kd": {"mu": 0.1},
+        "prd": {"lr": 0.05, "prototypes_lr": 1.0, "crop": 0, "flip": False},
+    }  # fmt: skip
     model = normed(plain) if name == "adab2n" else small(plain, hidden=16)
-    options = {"lr": 0.5, "momentum": 0.5, "epochs": 8, "batch_size": 4, **weak.get(name, {})}
+    options = {"lr": 0.5, "momentum": 0.5, "epochs": 8, "batch_size": 4, **apt.get(name, {})}
     strategy = strategies.create(name, model, **options)
     # Running statistics of sixteen images in batches of four leave one test image in six in doubt.
     assert run(strategy, benchmark, watch)[0] >= (5 / 6 if name == "adab2n" else 1.0)

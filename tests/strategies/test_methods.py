@@ -88,7 +88,9 @@ def test_every_strategy_trains_with_task_ids(made_up, fitting, watch, name) -> N
     hits: list[bool] = []
     plugin = watch(after_eval_iteration=lambda s: hits.extend((s.mb_output.argmax(1) == s.mb_y).tolist()))
     model = fitting(name, stream, hidden=16)
-    strategy = strategies.create(name, model, lr=0.3, epochs=8, batch_size=4, plugins=[plugin])
+    # At the others' rate PRD's projections become one.
+    apt = {"lr": 0.05, "prototypes_lr": 1.0, "crop": 0, "flip": False} if name == "prd" else {"lr": 0.3}
+    strategy = strategies.create(name, model, epochs=8, batch_size=4, plugins=[plugin], **apt)
     strategy.train(stream.train_stream, eval_streams=[])
     strategy.eval(stream.test_stream[2])
     assert sum(hits) / len(hits) > 0.6  # chance among the two classes of the task: one half
