@@ -182,7 +182,9 @@ def _make_room(strategy: Any, classes: int | None) -> None:
 
     before = dict(strategy.model.named_parameters())
     head.grow(classes)
-    update_optimizer(strategy.optimizer, dict(strategy.model.named_parameters()), before, reset_state=False)
+    now = dict(strategy.model.named_parameters())
+    update_optimizer(strategy.optimizer, now, before, reset_state=False)
+    strategy.optimized_param_id = now  # or the next experience adds the head's new rows once more
 
 
 def _outputs(model: nn.Module) -> int:

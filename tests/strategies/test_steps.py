@@ -363,3 +363,13 @@ def test_what_a_device_cannot_do_is_refused() -> None:
         adapter("ecotta", update="two_step").declare_step(batch_size=8, input_shape=(1, 12, 12))
     with pytest.raises(ContlearnError, match="classes: strategy 'tent' takes none"):
         adapter("tent").declare_step(batch_size=8, input_shape=(1, 12, 12), classes=5)
+
+
+def test_room_for_more_classes_leaves_the_optimizer_with_each_parameter_once(stream, small) -> None:
+    strategy = strategies.create("naive", small(stream), lr=0.1, batch_size=BATCH, device="cpu")
+    first, second, *_ = stream.train_stream
+    strategy.train(first, eval_streams=[])
+    strategy.declare_step(batch_size=BATCH, input_shape=stream.input_shape, classes=6)
+    strategy.train(second, eval_streams=[])
+    held = [id(parameter) for group in strategy.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in strategy.model.parameters())
