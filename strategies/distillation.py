@@ -52,7 +52,47 @@ class SeenClasses:
         self.earlier = self.seen
 
 
-class PredKDPlugin(TeacherPlugin):
+class OldClassDistillation(TeacherPlugin):
+    """What distillations of old classes share: which classes those are, in training by label and in a step by mask.
+
+    Args:
+        temperature: of the softmax.
+
+    Raises:
+        ContlearnError: a temperature that is not positive.
+    """
+
+    checkpoint_exclude = ("_masks",)
+
+    def __init__(self, *, temperature: float) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ContlearnError(f"temperature: expected more than 0, got {temperature}")
+        self.temperature = temperature
+        self.classes = SeenClasses()
+        self._masks: Masks | None = None
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Learn which classes are new."""
+        super().before_training_exp(strategy, **kwargs)
+        self.classes.start(strategy.experience)
+
+    @contextlib.contextmanager
+    def step_bound(self, strategy: Any, tensors: dict[str, Tensor], masks: Masks) -> Iterator[None]:
+        """While open, classes are old by mask."""
+        self._masks = masks
+        try:
+            yield
+        finally:
+            self._masks = None
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """The classes of this experience are old from now on."""
+        super().after_training_exp(strategy, **kwargs)
+        self.classes.finish()
+
+
+class PredKDPlugin(OldClassDistillation):
     """Distillation of predictions: old classes answer as they did before this experience; from the second on.
 
     ``sigmoid`` (LwF.MC) adds ``scale * sum over old columns of BCE(logit, sigmoid(teacher)) / (batch * classes seen)``;
@@ -71,37 +111,16 @@ class PredKDPlugin(TeacherPlugin):
         ContlearnError: a value out of range; in training, a multi-task model that is not one of contlearn's.
     """
 
-    checkpoint_exclude = ("_masks",)
-
     def __init__(
         self, *, scale: float = 5.0, kind: Literal["sigmoid", "softmax"] = "sigmoid", temperature: float = 2.0
     ) -> None:
-        super().__init__()
         if kind not in ("sigmoid", "softmax"):
             raise ContlearnError(f"kind: expected sigmoid or softmax, got {kind!r}")
         if not scale >= 0:
             raise ContlearnError(f"scale: expected at least 0, got {scale}")
-        if not temperature > 0:
-            raise ContlearnError(f"temperature: expected more than 0, got {temperature}")
+        super().__init__(temperature=temperature)
         self.scale = scale
         self.kind = kind
-        self.temperature = temperature
-        self.classes = SeenClasses()
-        self._masks: Masks | None = None
-
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Learn which classes are new."""
-        super().before_training_exp(strategy, **kwargs)
-        self.classes.start(strategy.experience)
-
-    @contextlib.contextmanager
-    def step_bound(self, strategy: Any, tensors: dict[str, Tensor], masks: Masks) -> Iterator[None]:
-        """While open, classes are old by mask."""
-        self._masks = masks
-        try:
-            yield
-        finally:
-            self._masks = None
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the term."""
@@ -130,11 +149,6 @@ class PredKDPlugin(TeacherPlugin):
         return distil_softmax(
             torch.where(old, student, UNSEEN), torch.where(old, teacher, UNSEEN), self.temperature
         )
-
-    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """The classes of this experience are old from now on."""
-        super().after_training_exp(strategy, **kwargs)
-        self.classes.finish()
 
     def _logits(self, strategy: Any) -> tuple[Tensor, Tensor]:
         """Logits of student and teacher for the same rows, unmasked."""

@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from contlearn.errors import ContlearnError
 from contlearn.models._growing_head import UNSEEN
-from contlearn.strategies.distillation import SeenClasses, distil_softmax
+from contlearn.strategies.distillation import OldClassDistillation, distil_softmax
 from contlearn.strategies.herded import HerdedRehearsal
-from contlearn.strategies.step_part import Masks
-from contlearn.strategies.teacher import TeacherPlugin
 
 
-class WeightAligningPlugin(TeacherPlugin):
+class WeightAligningPlugin(OldClassDistillation):
     """The loss of WA: ``(1 - lam) * cross-entropy + lam * distillation`` with lam = old classes / all classes.
 
     Args:
         temperature: softmax temperature of the distillation.
     """
 
-    checkpoint_exclude = ("_masks",)
-
     def __init__(self, *, temperature: float = 2.0) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ContlearnError(f"temperature: expected more than 0, got {temperature}")
-        self.temperature = temperature
-        self.classes = SeenClasses()
-        self._masks: Masks | None = None
-
-    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Learn which classes are new."""
-        super().before_training_exp(strategy, **kwargs)
-        self.classes.start(strategy.experience)
-
-    @contextlib.contextmanager
-    def step_bound(self, strategy: Any, tensors: dict[str, Tensor], masks: Masks) -> Iterator[None]:
-        """While open, classes are old by mask."""
-        self._masks = masks
-        try:
-            yield
-        finally:
-            self._masks = None
+        super().__init__(temperature=temperature)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Mix the two terms."""
@@ -67,11 +41,6 @@ class WeightAligningPlugin(TeacherPlugin):
         # teacher is left out, which no gradient sees.
         term = distil_softmax(student, taught, self.temperature) / self.temperature**2
         strategy.loss = (1 - lam) * strategy.loss + lam * term
-
-    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """The classes of this experience are old from now on."""
-        super().after_training_exp(strategy, **kwargs)
-        self.classes.finish()
 
     def kept_bytes(self, model: nn.Module, *, experiences: int, head_rows: int) -> int:
         """Bytes of the teacher at the end of the stream."""
