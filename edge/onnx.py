@@ -15,29 +15,17 @@ from torch import fx
 
 from contlearn.edge import rules
 from contlearn.edge.broadcast import give_full_rank
-from contlearn.edge.capture import Captured, attribute
+from contlearn.edge.capture import Captured
 from contlearn.edge.gaps import Gaps
 from contlearn.edge.operators import TRANSLATIONS, protect_statistics
+from contlearn.edge.tidy import tidy
 from contlearn.errors import ContlearnError
-from contlearn.strategies.step import Tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 _NEAR = 4
 """Nodes between an operator and the state that tells its layer, at most."""
-_LITTLE = 1e-3
-"""Distance from 0 (terms) and 1 (factors) within which the exporter does not see a constant."""
-_TERM = "small_term_"
-_aten = torch.ops.aten
-_NEUTRAL = {
-    _aten.add.Tensor: 0.0, _aten.add.Scalar: 0.0, _aten.sub.Tensor: 0.0, _aten.sub.Scalar: 0.0, _aten.mul.Tensor: 1.0,
-    _aten.mul.Scalar: 1.0, _aten.div.Tensor: 1.0, _aten.div.Scalar: 1.0,
-}  # fmt: skip
-_TENSOR_FORM = {
-    _aten.add.Scalar: _aten.add.Tensor, _aten.sub.Scalar: _aten.sub.Tensor, _aten.mul.Scalar: _aten.mul.Tensor,
-    _aten.div.Scalar: _aten.div.Tensor,
-}  # fmt: skip
 
 
 def lower(captured: Captured) -> ModelProto:
@@ -49,22 +37,22 @@ def lower(captured: Captured) -> ModelProto:
     import onnx
 
     _refuse_unknown(captured)
-    graph, guarded = _with_inputs_for_small_terms(captured.graph)
     examples = [captured.examples[name].detach().clone() for name in captured.inputs]
     with _quiet():
         program = torch.onnx.export(
-            graph,
-            (*examples, *guarded.values()),
-            input_names=[*_numbered("input", captured.inputs), *guarded],
+            captured.graph,
+            tuple(examples),
+            input_names=_numbered("input", captured.inputs),
             output_names=_numbered("output", captured.outputs),
             opset_version=rules.PROFILES[captured.profile].opset,
             custom_translation_table=TRANSLATIONS,
             dynamo=True,
+            optimize=False,
             verbose=False,
         )
-    assert program is not None
+        assert program is not None
+        tidy(program.model)
     model: ModelProto = program.model_proto
-    _as_constants(model, guarded)
     protect_statistics(model, sum(node.target in TRANSLATIONS for node in captured.graph.graph.nodes))
     _named(model, captured)
     give_full_rank(model)
@@ -75,55 +63,6 @@ def lower(captured: Captured) -> ModelProto:
     onnx.checker.check_model(model, full_check=True)
     check(model, captured.profile)
     return model
-
-
-def _with_inputs_for_small_terms(graph: fx.GraphModule) -> tuple[fx.GraphModule, Tensors]:
-    """The graph with an input in place of every constant that changes a value by little, and these inputs' values.
-
-    The exporter's optimiser drops ``x + c`` where ``|c| <= 1e-8`` and ``x * c`` where ``|c - 1| <= 1e-5`` as if ``c``
-    were 0 and 1 (onnxscript compares within tolerances): Adam would lose its eps, and what is divided by a sum of zeros
-    plus 1e-8 would be 0 / 0.
-    What is an input it cannot look into. ONNX Runtime's own passes compare exactly.
-    """
-    made = fx.Graph()
-    kept: dict[fx.Node, fx.Node] = {}
-    output = made.graph_copy(graph.graph, kept)
-    made.output(output)
-    places = [node for node in made.nodes if node.op == "placeholder"]
-    values: Tensors = {}
-    for node in list(made.nodes):
-        neutral = _NEUTRAL.get(node.target) if node.op == "call_function" else None
-        held = node.meta.get("val")
-        if neutral is None or not isinstance(held, torch.Tensor) or not held.is_floating_point():
-            continue
-        for index, term in enumerate(node.args[:2]):
-            value = _single(graph, term)
-            if value is None or float(value) == neutral or abs(float(value) - neutral) > _LITTLE:
-                continue
-            name = f"{_TERM}{len(values)}"
-            with made.inserting_after(places[-1]) if places else made.inserting_before():
-                places.append(made.placeholder(name))
-            values[name] = value.to(held.dtype)
-            node.update_arg(index, places[-1])
-            node.target = _TENSOR_FORM.get(node.target, node.target)
-    return fx.GraphModule(graph, made), values
-
-
-def _single(graph: fx.GraphModule, term: Any) -> torch.Tensor | None:
-    """A number, or a constant of one element, as a tensor; ``None`` for anything else."""
-    if isinstance(term, fx.Node) and term.op == "get_attr":
-        held = attribute(graph, str(term.target))
-        return held.detach() if isinstance(held, torch.Tensor) and held.numel() == 1 else None
-    return torch.tensor(term, dtype=torch.float64) if isinstance(term, int | float) else None
-
-
-def _as_constants(model: ModelProto, values: Tensors) -> None:
-    """Inputs become constants."""
-    from onnx import numpy_helper
-
-    for place in [place for place in model.graph.input if place.name in values]:
-        model.graph.input.remove(place)
-        model.graph.initializer.append(numpy_helper.from_array(values[place.name].numpy(), place.name))
 
 
 def _numbered(kind: str, names: Sequence[str]) -> list[str]:
