@@ -1,16 +1,16 @@
 """PRD beside other methods without exemplars, class- and task-incremental (Asadi et al., arXiv 2303.14771).
 
-    python benchmarks/prd.py [--seeds 3] [--rows "Naive" "LwF" ...] [--again] [--quick]
+    python benchmarks/prd.py --search [--jobs 2]             # choose options
+    python benchmarks/prd.py [--seeds 3] [--jobs 2]          # compare with the options chosen
 
 mnist5k at 14 pixels, 5 experiences of 2 classes in a random order per seed, 100 training and 60 test images per class;
-ResNet-18 of width 8 from random weights, 30 epochs per experience, batches of 64, SGD with momentum 0.9. No method
+ResNet-18 of width 8 from random weights, 100 epochs per experience, batches of 32, SGD with momentum 0.9. No method
 keeps exemplars. Every method, not PRD alone, trains on two views of each image (a random crop over one pixel of
-padding, no mirroring), so that a step has 128 rows for all. Options come from the grids below: a seed of its own
+padding, no mirroring), so that a step has 64 rows for all. Options come from the grids below: a seed of its own
 (other images, another order of classes), task-incremental, by final accuracy, one option after the other in the order
 they stand, the first value of each until its turn comes. Both streams use what was chosen.
 
 Each training is stored as soon as it is over, and a second call goes on from there (``--again`` starts over).
-``--rows`` does the trainings of these rows and no more, for several processes with files of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ import functools
 import json
 import time
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +33,22 @@ common.use_threads(1)
 
 STREAMS = ("task_incremental", "class_incremental")
 PER_CLASS = {"train": 100, "test": 60}
-SIZE, EPOCHS, BATCH, GRID_SEED = 14, 30, 64, 1000
+SIZE, EPOCHS, BATCH, GRID_SEED = 14, 100, 32, 1000
 MODEL = {"name": "slim_resnet18", "width": 8}
-RATES = (0.01, 0.003, 0.03)
+SMALL_RATES, RATES, WEIGHTS = (0.01, 0.003, 0.03), (0.03, 0.01, 0.1), (1.0, 4.0, 0.25)
 RELATION_GRIDS: dict[str, tuple[Any, ...]] = {
-    "lr": RATES, "alpha": (4.0, 1.0), "teacher_mode": ("eval", "train"), "prototypes_lr": (0.03, 0.1),
+    "lr": RATES, "alpha": WEIGHTS, "teacher_mode": ("train", "eval"), "prototypes_lr": (0.03, 0.1),
 }  # fmt: skip
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[Any, ...]]]] = {  # strategy, fixed, grids
-    "Naive": ("naive", {}, {"lr": RATES}),
-    "LwF": ("lwf", {}, {"lr": RATES, "alpha": (1.0, 4.0)}),
-    "EWC": ("ewc", {}, {"lr": RATES, "ewc_lambda": (1000.0, 100.0)}),
+    "Naive": ("naive", {}, {"lr": SMALL_RATES}),
+    "LwF": ("lwf", {}, {"lr": RATES, "alpha": WEIGHTS}),
+    "EWC": ("ewc", {}, {"lr": SMALL_RATES, "ewc_lambda": (1000.0, 100.0, 10000.0)}),
     "PRD, samples": ("prd", {"flip": False, "relation": "samples"}, RELATION_GRIDS),
     "PRD, classes": ("prd", {"flip": False, "relation": "classes"}, RELATION_GRIDS),
 }
 SETTINGS = {
     "dataset": "mnist5k", "image_size": SIZE, "images_per_class": PER_CLASS, "model": MODEL, "epochs": EPOCHS,
-    "batch_size": BATCH, "grid_seed": GRID_SEED,
+    "batch_size": BATCH, "momentum": 0.9, "grid_seed": GRID_SEED,
 }  # fmt: skip
 FIGURES = ("final_accuracy", "average_accuracy", "learning_accuracy", "forgetting")
 BYTES = ("persistent", "peak_static", "method_state", "weights", "optimizer", "activations")
@@ -138,44 +141,52 @@ def one(job: Job) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs jobs, and keeps what each gave in the results file at once."""
+    """Runs jobs side by side, and keeps what each gave in the results file at once."""
 
-    def __init__(self, out: str | None, *, again: bool) -> None:
+    def __init__(self, out: str | None, *, jobs: int, again: bool) -> None:
         self.out = out
+        self.jobs = jobs
         path = Path(out) if out else common.RESULTS / "prd.json"
         stored = {} if again or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
-        kept = stored.get("trainings", {}) if stored.get("settings") == SETTINGS else {}
-        self.content: dict[str, Any] = {"trainings": kept, "settings": SETTINGS}
+        mine = stored.get("settings") == SETTINGS
+        self.content: dict[str, Any] = {"trainings": stored.get("trainings", {}) if mine else {}, "settings": SETTINGS}
         self.content["setting"] = " ".join((__doc__ or "").split("\n\n")[2].split())
 
-    def __call__(self, job: Job) -> dict[str, Any]:
-        """Its figures."""
+    def __call__(self, asked: Sequence[Job], described: str) -> list[dict[str, Any]]:
+        """Figures of each job."""
+        from rich.progress import track
+
         trainings: dict[str, Any] = self.content["trainings"]
-        if job.key not in trainings:
-            trainings[job.key] = one(job)
-            print(f"{job.key}: {trainings[job.key]['final_accuracy']:.3f}", flush=True)
-            self.write()
-        found: dict[str, Any] = trainings[job.key]
-        return found
+        missing = [job for job in dict.fromkeys(asked) if job.key not in trainings]
+        if missing:
+            with ProcessPoolExecutor(min(self.jobs, len(missing)), mp_context=get_context("spawn")) as pool:
+                waiting = {pool.submit(one, job): job for job in missing}
+                for done in track(as_completed(waiting), total=len(missing), description=described):
+                    trainings[waiting[done].key] = done.result()
+                    self.write()
+        return [trainings[job.key] for job in asked]
 
     def write(self) -> Path:
         """Keep everything so far."""
         return common.write("prd", self.content, self.out)
 
 
-def search(runner: Runner, row: str, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The options of a row, one after the other, and everything that was tried."""
-    grids = METHODS[row][2]
-    chosen = {option: values[0] for option, values in grids.items()}
-    tried: list[dict[str, Any]] = []
-    for option, values in grids.items():
-        scores = {}
-        for value in values:
-            options = {**chosen, option: value}
-            job = Job(row, tuple(sorted(options.items())), STREAMS[0], GRID_SEED, quick)
-            scores[value] = runner(job)["final_accuracy"]
-            tried.append({**options, "final_accuracy": scores[value]})
-        chosen[option] = max(scores, key=lambda value: scores[value])  # the first of equals
+def search(runner: Runner, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of each row, one after the other, and everything that was tried."""
+    chosen = {row: {option: values[0] for option, values in grids.items()} for row, (_, _, grids) in METHODS.items()}
+    tried: dict[str, Any] = {row: [] for row in METHODS}
+    for turn in range(max(len(grids) for _, _, grids in METHODS.values())):
+        asked: list[tuple[str, str, dict[str, Any]]] = []
+        for row, (_, _, grids) in METHODS.items():
+            for option, values in list(grids.items())[turn : turn + 1]:
+                asked += [(row, option, {**chosen[row], option: value}) for value in values]
+        jobs = [Job(row, tuple(sorted(options.items())), STREAMS[0], GRID_SEED, quick) for row, _, options in asked]
+        best: dict[str, float] = {}
+        for (row, option, options), found in zip(asked, runner(jobs, f"search {turn + 1}"), strict=True):
+            tried[row].append({**options, "final_accuracy": found["final_accuracy"]})
+            if found["final_accuracy"] > best.get(row, -1.0):  # the first of equals
+                best[row] = found["final_accuracy"]
+                chosen[row][option] = options[option]
     return chosen, tried
 
 
@@ -210,33 +221,29 @@ def main() -> int:
     """Search, run, print the tables and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--search", action="store_true", help="choose the options and stop")
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="start over")
     parser.add_argument("--quick", action="store_true", help="20 images per class and one epoch: only to see it run")
     parser.add_argument("--out", help="JSON file (default: benchmarks/results/prd.json)")
-    arguments = parser.parse_args()
-    runner = Runner(arguments.out, again=arguments.again)
-    chosen: dict[str, Any] = {}
-    runner.content["search"] = {}
-    for row in arguments.rows:
-        chosen[row], runner.content["search"][row] = search(runner, row, arguments.quick)
+    given = parser.parse_args()
+    runner = Runner(given.out, jobs=given.jobs, again=given.again)
+    chosen, runner.content["search"] = search(runner, given.quick)
     runner.content["chosen"] = chosen
-    runner.content["streams"] = {}
-    for stream in STREAMS:
-        rows: dict[str, list[dict[str, Any]]] = {row: [] for row in arguments.rows}
-        for seed in range(arguments.seeds):
-            for row in arguments.rows:
-                job = Job(row, tuple(sorted(chosen[row].items())), stream, seed, arguments.quick)
-                rows[row].append(runner(job))
-        if arguments.rows != list(METHODS):
-            continue
-        found = {row: summed(results) for row, results in rows.items()}
-        runner.content["streams"][stream] = {"rows": found, "comparison": compared(found)}
-        print(stream)
-        for row, figures in found.items():
-            shown = {name: f"{figures[name]['mean']:.3f} ({figures[name]['sd']:.3f})" for name in FIGURES}
-            shown |= {name: f"{figures[name]['mean']:.0f}" for name in BYTES[:3]}
-            print(f"  {row}: {shown}")
+    print(f"chosen: {chosen}")
+    if not given.search:
+        cells = [(stream, row, seed) for stream in STREAMS for row in METHODS for seed in range(given.seeds)]
+        jobs = [Job(row, tuple(sorted(chosen[row].items())), stream, seed, given.quick) for stream, row, seed in cells]
+        figures = dict(zip(cells, runner(jobs, "comparison"), strict=True))
+        runner.content["streams"] = {}
+        for stream in STREAMS:
+            found = {row: summed([figures[stream, row, seed] for seed in range(given.seeds)]) for row in METHODS}
+            runner.content["streams"][stream] = {"rows": found, "comparison": compared(found)}
+            print(stream)
+            for row, summary in found.items():
+                shown = {name: f"{summary[name]['mean']:.3f} ({summary[name]['sd']:.3f})" for name in FIGURES}
+                shown |= {name: f"{summary[name]['mean']:.0f}" for name in BYTES[:3]}
+                print(f"  {row}: {shown}")
     print(f"kept in {runner.write()}")
     return 0
 

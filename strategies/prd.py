@@ -17,7 +17,6 @@ from contlearn.errors import ContlearnError
 from contlearn.models._growing_head import UNSEEN
 from contlearn.models._task_head import TaskClassifier
 from contlearn.scenarios.augment import Views, check_views
-from contlearn.strategies import schedule
 from contlearn.strategies.loader import BatchSource
 from contlearn.strategies.prd_losses import Relation, attraction, supervised_contrastive
 from contlearn.strategies.prd_network import add_prototypes
@@ -48,7 +47,6 @@ class PRD(SupervisedTemplate):
             ``classes``, its share among the classes of its task for each sample, as released.
         distil_temperature: T of L_d's softmax.
         teacher_mode: ``eval``, or ``train`` as released: the teacher's BatchNorm then uses the batch's statistics.
-        first_experience_extra_epochs: epochs that the first experience has beyond ``epochs`` (120 in the paper).
         views: augmented views of each sample; with 1, positives are the other samples of the class.
         crop: pixels of padding that a random crop moves over; default: an eighth of the shorter side.
         flip: mirror half of the views; off for digits and letters.
@@ -62,8 +60,6 @@ class PRD(SupervisedTemplate):
             not hold the prototypes.
     """
 
-    train_epochs: int
-
     checkpoint_exclude = ("_features",)
 
     def __init__(
@@ -76,7 +72,6 @@ class PRD(SupervisedTemplate):
         relation: Relation = "samples",
         distil_temperature: float = 1.0,
         teacher_mode: TeacherMode = "eval",
-        first_experience_extra_epochs: int = 0,
         views: int = 2,
         crop: int | None = None,
         flip: bool = True,
@@ -86,8 +81,7 @@ class PRD(SupervisedTemplate):
         **kwargs: Any,
     ) -> None:
         for name, value in (
-            ("alpha", alpha), ("beta", beta), ("prototypes_lr", prototypes_lr),
-            ("first_experience_extra_epochs", first_experience_extra_epochs), ("seed", seed),
+            ("alpha", alpha), ("beta", beta), ("prototypes_lr", prototypes_lr), ("seed", seed),
         ):  # fmt: skip
             if not value >= 0:
                 raise ContlearnError(f"{name}: expected at least 0, got {value}")
@@ -98,47 +92,27 @@ class PRD(SupervisedTemplate):
         add_prototypes(kwargs["model"], seed=seed)
         super().__init__(**kwargs)
         give_own_rate(self.optimizer, self.model.head.weight, lr=prototypes_lr)
-        self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.plan_training()
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
-        self.first_experience_extra_epochs = first_experience_extra_epochs
         self.relations = relations
         self.plugins.insert(0, relations)
         self.augment = Views(
             views, crop=crop, flip=flip, jitter=jitter, grayscale=grayscale, generator=self.generator
         )
-        named = ("milestones", "gamma", "warmup_epochs")
-        self.first_rate_factor = schedule.factor(
-            kwargs.get("lr_schedule", "constant"), epochs=self.train_epochs + first_experience_extra_epochs,
-            **{name: kwargs[name] for name in named if name in kwargs},
-        )  # fmt: skip
         self._features: Tensor | None = None
 
     # ------------------------------------------------------------------ experiences
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
-        """Grow the prototypes, and start a schedule as long as this experience is."""
+        """Grow the prototypes, and keep them in their group."""
         super().check_model_and_optimizer(**kwargs)
         keep_apart(self.optimizer, self.model.head.weight)
-        if self.first_experience_extra_epochs and self._is_first():
-            self.scheduler = schedule.start(self.optimizer, self.base_rates, self.first_rate_factor)
-
-    def _is_first(self) -> bool:
-        return not self.relations.classes.earlier
 
     def _before_training_exp(self, **kwargs: Any) -> None:
         self.augment.black, self.augment.white = pixel_range(self.experience.dataset, self.device)
         super()._before_training_exp(**kwargs)
-
-    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        usual = self.train_epochs
-        if self._is_first():
-            self.train_epochs = usual + self.first_experience_extra_epochs
-        try:
-            super()._train_exp(experience, eval_streams, **kwargs)
-        finally:
-            self.train_epochs = usual
 
     # ------------------------------------------------------------------ iterations
 

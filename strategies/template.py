@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from contlearn import strategies
 from contlearn.errors import ContlearnError, Interrupted
 from contlearn.strategies import schedule
+from contlearn.strategies.first_experience import plans
 from contlearn.strategies.loader import BatchLoader, BatchSource
 
 OptimizerName = Literal["sgd", "adam", "adamw", "sinkgd"]
@@ -90,6 +91,8 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         milestones: epochs at which ``multistep`` multiplies the rate by ``gamma``.
         gamma: factor of ``multistep``.
         warmup_epochs: epochs of linear warm-up at the start of each experience.
+        first_experience: what the first experience has instead of ``epochs``, ``lr``, ``weight_decay``,
+            ``lr_schedule``, ``milestones``, ``gamma`` or ``warmup_epochs``, such as ``{epochs: 200}``.
         clip_grad_norm: clip the gradient's L2 norm to this value; 0 does not clip.
         amp: mixed precision on CUDA: ``none``, ``bf16``, or ``fp16`` with loss scaling; ignored on the CPU.
         eval_batch_size: samples per batch when evaluating.
@@ -105,6 +108,7 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
 
     experience: Any
     dataloader: Any
+    train_epochs: int
     _stop_training: bool
 
     def __init__(
@@ -122,6 +126,7 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         milestones: Sequence[int] = (),
         gamma: float = 0.1,
         warmup_epochs: int = 0,
+        first_experience: dict[str, Any] | None = None,
         clip_grad_norm: float = 0.0,
         amp: Literal["none", "bf16", "fp16"] = "none",
         eval_batch_size: int = 512,
@@ -167,10 +172,12 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         """Source of every order in which samples are served; ``run`` seeds it."""
         self.reset_optimizer = reset_optimizer
         self.clip_grad_norm = clip_grad_norm
-        self.base_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self.rate_factor = schedule.factor(
-            lr_schedule, epochs=epochs, milestones=milestones, gamma=gamma, warmup_epochs=warmup_epochs
-        )
+        self._usual_plan = {
+            "epochs": epochs, "lr_schedule": lr_schedule, "milestones": milestones, "gamma": gamma,
+            "warmup_epochs": warmup_epochs,
+        }  # fmt: skip
+        self._first_plan = dict(first_experience or {})
+        self.plan_training()
         self.scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
         self.amp = amp if placed.type == "cuda" else "none"
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp == "fp16")
@@ -234,7 +241,13 @@ class SupervisedTemplate(AvalancheTemplate):  # type: ignore[type-arg]
         """Grow the model for the experience, tell the optimizer, and start the learning-rate schedule."""
         kwargs.setdefault("reset_optimizer_state", self.reset_optimizer)
         super().check_model_and_optimizer(**kwargs)
-        self.scheduler = schedule.start(self.optimizer, self.base_rates, self.rate_factor)
+        plan = self.plans[min(self.clock.train_exp_counter, 1)]
+        self.train_epochs = plan.epochs
+        self.scheduler = plan.start(self.optimizer)
+
+    def plan_training(self) -> None:
+        """Take the rates of the optimizer's groups, as they are now, for those at the start of each experience."""
+        self.plans = plans(self.optimizer, self._usual_plan, self._first_plan)
 
     @property
     def pass_targets(self) -> Tensor:

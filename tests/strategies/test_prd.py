@@ -227,14 +227,14 @@ def test_an_optimizer_object_must_hold_the_prototypes(stream, small) -> None:
     assert [len(group["params"]) for group in strategy.optimizer.param_groups] == [8, 1]
 
 
-def test_the_first_experience_is_longer_and_its_schedule_too(stream, small, watch) -> None:
-    rates: list[tuple[int, float]] = []
+def test_the_first_experience_may_be_longer_and_prototypes_keep_their_rate(stream, small, watch) -> None:
+    rates: list[tuple[float, ...]] = []
     plugin = watch(
-        before_training_epoch=lambda s: rates.append((s.clock.train_exp_counter, s.optimizer.param_groups[0]["lr"]))
+        before_training_epoch=lambda s: rates.append(tuple(group["lr"] for group in s.optimizer.param_groups))
     )
-    options = {**SOON, "lr": 1.0, "lr_schedule": "linear", "first_experience_extra_epochs": 2}
+    options = {**SOON, "lr": 1.0, "prototypes_lr": 0.5, "first_experience": {"epochs": 3, "lr": 0.25}}
     train(strategies.create("prd", small(stream), plugins=[plugin], **options), stream)
-    assert rates == [(0, 1.0), (0, 0.75), (0, 0.5), (0, 0.25), (1, 1.0), (1, 0.5), (2, 1.0), (2, 0.5)]
+    assert rates == [(0.25, 0.5)] * 3 + [(1.0, 0.5)] * 4
 
 
 def test_the_stream_and_its_labels_are_left_as_they_were(stream, small, watch) -> None:
@@ -354,7 +354,7 @@ def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(coloured, watch, tm
             if strategy.clock.train_iterations == at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        options = {**SOON, "momentum": 0.9, "first_experience_extra_epochs": 1, "lr_schedule": "cosine"}
+        options = {**SOON, "momentum": 0.9, "lr_schedule": "cosine", "first_experience": {"epochs": 3}}
         strategy = strategies.create("prd", model, plugins=[watch(after_training_iteration=stop)], **options)
         return run(strategy, stream, out=tmp_path / out, resume=resume, quiet=True)
 
@@ -403,7 +403,6 @@ def test_configurations_load(path) -> None:
         ({"distil_temperature": 0.0}, "distil_temperature: expected more than 0, got 0.0"),
         ({"relation": "class"}, "relation: expected samples or classes, got 'class'"),
         ({"teacher_mode": "test"}, "teacher_mode: expected eval or train, got 'test'"),
-        ({"first_experience_extra_epochs": -1}, "first_experience_extra_epochs: expected at least 0, got -1"),
         ({"prototype_lr": 0.1}, "did you mean 'prototypes_lr'"),
         ({"views": 0}, "views: expected at least 1, got 0"),
     ],

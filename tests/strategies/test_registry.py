@@ -48,7 +48,7 @@ OWN = {
     },
     "prd": {
         "alpha", "beta", "temperature", "prototypes_lr", "relation", "distil_temperature", "teacher_mode",
-        "first_experience_extra_epochs", "views", "crop", "flip", "jitter", "grayscale", "seed",
+        "views", "crop", "flip", "jitter", "grayscale", "seed",
     },
     "l2": {"coefficient", "anchor", "parameters"},
     "online_ewc": {"coefficient", "fisher", "half", "parameters"},
@@ -195,7 +195,7 @@ def plain_state(strategy) -> dict[str, object]:
         "plugins": [(type(plugin).__name__, plain(plugin)) for plugin in strategy.plugins],
         "memory": getattr(getattr(strategy, "storage_policy", None), "max_size", None),
         "optimizer": (type(strategy.optimizer).__name__, settings),
-        "rates": [strategy.rate_factor(epoch) for epoch in range(4)],
+        "rates": [strategy.plans[1].factor(epoch) for epoch in range(4)],
     }
 
 
