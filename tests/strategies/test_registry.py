@@ -22,8 +22,8 @@ from contlearn.strategies.template import SupervisedTemplate
 
 LOOP = {
     "lr", "epochs", "batch_size", "optimizer", "momentum", "weight_decay", "reset_optimizer", "lr_schedule",
-    "milestones", "gamma", "warmup_epochs", "clip_grad_norm", "amp", "eval_batch_size", "device", "criterion",
-    "plugins", "evaluator",
+    "milestones", "gamma", "warmup_epochs", "first_experience", "clip_grad_norm", "amp", "eval_batch_size",
+    "device", "criterion", "plugins", "evaluator",
 }  # fmt: skip
 HERDED = {"memory_size", "per_class", "memory_budget", "budget_covers", "budget_reference", "classifier", "align"}
 OWN = {
@@ -143,6 +143,7 @@ def changed(name: str) -> dict[str, object]:
     others = {
         "lr": 0.025, "epochs": 4, "batch_size": 3, "momentum": 0.5, "weight_decay": 0.01, "reset_optimizer": True,
         "lr_schedule": "multistep", "milestones": [1, 3], "gamma": 0.3, "warmup_epochs": 1, "clip_grad_norm": 2.5,
+        "first_experience": {"epochs": 5, "gamma": 0.2},
         "eval_batch_size": 11, "device": "cpu", "memory_size": 17, "policy": "reservoir", "batch_size_memory": 6,
         "alpha": 0.25, "beta": 0.75, "temperature": 3.0, "teacher_in_train_mode": True, "ewc_lambda": 0.4,
         "mode": "online", "decay_factor": 0.9, "si_lambda": 0.2, "damping": 0.1, "max_importance": 0.5,
@@ -195,7 +196,7 @@ def plain_state(strategy) -> dict[str, object]:
         "plugins": [(type(plugin).__name__, plain(plugin)) for plugin in strategy.plugins],
         "memory": getattr(getattr(strategy, "storage_policy", None), "max_size", None),
         "optimizer": (type(strategy.optimizer).__name__, settings),
-        "rates": [strategy.plans[1].factor(epoch) for epoch in range(4)],
+        "rates": [(plan.epochs, [plan.factor(epoch) for epoch in range(5)]) for plan in strategy.plans],
     }
 
 
