@@ -182,8 +182,12 @@ def _plugin_spec(entry: str | Mapping[str, Any]) -> dict[str, Any]:
 def _storable(value: Any) -> bool:
     if isinstance(value, tuple | builtins.list):
         return all(_storable(item) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _storable(item) for key, item in value.items())
     return value is None or isinstance(value, bool | int | float | str)
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | builtins.list) else value
