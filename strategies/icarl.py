@@ -13,7 +13,8 @@ from avalanche.models import avalanche_forward
 from torch import Tensor, nn
 
 from contlearn.errors import ContlearnError
-from contlearn.strategies.memories import HerdingBuffer, feature_extractor, outputs_of, require_positive
+from contlearn.strategies.memories import HerdingBuffer, feature_extractor, require_positive
+from contlearn.strategies.nearest_mean import class_means, nearest_mean_scores
 from contlearn.strategies.rehearsal import Rehearsal
 
 
@@ -102,35 +103,8 @@ class ICaRL(Rehearsal):
         if self.is_training or self.classifier == "head" or not self.old_classes:
             return super().forward()
         if self._means is None:
-            self._means = self.class_means()
-        features = F.normalize(feature_extractor(self.model)(self.mb_x).flatten(1), dim=1)
-        labels = torch.tensor(sorted(self._means), device=self.device)
-        means = torch.stack([self._means[label] for label in sorted(self._means)]).to(self.device)
-        scores = features.new_full((len(features), max(int(labels.max()), int(self.mb_y.max())) + 1), -1e4)
-        scores[:, labels] = -torch.cdist(features, means).pow(2)
-        return scores
-
-    def class_means(self) -> dict[int, Tensor]:
-        """The normalised mean ``(d,)`` of the normalised features of each class's exemplars, where it has any."""
-        means = {}
-        extract = feature_extractor(self.model)
-        for label, group in self.storage_policy.buffer_groups.items():
-            if not len(group.buffer):  # more classes than the memory has room for
-                continue
-            features = F.normalize(outputs_of(extract, group.buffer, device=self.device).flatten(1), dim=1)
-            if self.mirror:
-                mirrored = outputs_of(_Mirrored(self.model), group.buffer, device=self.device)
-                features = torch.cat([features, F.normalize(mirrored.flatten(1), dim=1)])
-            means[int(label)] = F.normalize(features.mean(0), dim=0)
-        return means
-
-
-class _Mirrored(nn.Module):
-    """Features of left-right mirrored images."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return feature_extractor(self.model)(images.flip(-1))  # type: ignore[no-any-return]
+            self._means = class_means(
+                self.model, self.storage_policy.buffer_groups, device=self.device, mirror=self.mirror
+            )
+        features = feature_extractor(self.model)(self.mb_x)
+        return nearest_mean_scores(features, self._means, int(self.mb_y.max()) + 1)

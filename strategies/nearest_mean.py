@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from contlearn.strategies.memories import feature_extractor, outputs_of
 
@@ -15,19 +15,23 @@ FAR = -1e4
 """Score of a class without exemplars: below every squared distance of unit vectors, and finite."""
 
 
-def class_means(model: Any, groups: Mapping[int, Any], *, device: torch.device) -> dict[int, Tensor]:
+def class_means(
+    model: Any, groups: Mapping[int, Any], *, device: torch.device, mirror: bool = False
+) -> dict[int, Tensor]:
     """The normalised mean ``(d,)`` of the normalised features of each class's exemplars, where it has any.
 
     Args:
         model: with a ``features`` method; it runs in evaluation mode on evaluation transforms.
         groups: buffers by label, as ``HerdingBuffer.buffer_groups``.
         device: where the model is.
+        mirror: average over each exemplar and its mirror image, as in iCaRL's code.
     """
+    extractors = [feature_extractor(model), *([_Mirrored(model)] if mirror else [])]
     means = {}
     for label, group in groups.items():
-        if len(group.buffer):
-            features = outputs_of(feature_extractor(model), group.buffer, device=device).flatten(1)
-            means[int(label)] = F.normalize(F.normalize(features, dim=1).mean(0), dim=0)
+        if len(group.buffer):  # there may be more classes than the memory has room for
+            features = [outputs_of(extract, group.buffer, device=device).flatten(1) for extract in extractors]
+            means[int(label)] = F.normalize(F.normalize(torch.cat(features), dim=1).mean(0), dim=0)
     return means
 
 
@@ -46,3 +50,14 @@ def nearest_mean_scores(features: Tensor, means: Mapping[int, Tensor], outputs: 
         unit = F.normalize(features.flatten(1), dim=1)
         scores[:, torch.tensor(labels, device=features.device)] = -torch.cdist(unit, centres).pow(2)
     return scores
+
+
+class _Mirrored(nn.Module):
+    """Features of left-right mirrored images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return feature_extractor(self.model)(images.flip(-1))  # type: ignore[no-any-return]
