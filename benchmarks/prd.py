@@ -42,7 +42,7 @@ RELATION_GRIDS: dict[str, tuple[Any, ...]] = {
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[Any, ...]]]] = {  # strategy, fixed, grids
     "Naive": ("naive", {}, {"lr": SMALL_RATES}),
     "LwF": ("lwf", {}, {"lr": RATES, "alpha": WEIGHTS}),
-    "EWC": ("ewc", {}, {"lr": SMALL_RATES, "ewc_lambda": (1000.0, 100.0, 10000.0)}),
+    "EWC": ("ewc", {}, {"lr": SMALL_RATES, "ewc_lambda": (1000.0, 100.0, 10000.0, 100000.0)}),
     "PRD, samples": ("prd", {"flip": False, "relation": "samples"}, RELATION_GRIDS),
     "PRD, classes": ("prd", {"flip": False, "relation": "classes"}, RELATION_GRIDS),
 }

@@ -105,3 +105,30 @@ def test_a_mean_of_a_million_values_keeps_its_digits():
     given = {"x": torch.rand(64, 16, 32, 32, generator=torch.Generator().manual_seed(0))}
     got = run(lower(trace(lambda named: {"y": named["x"].mean().reshape(1)}, given, profile="onnxruntime")), given)
     assert float(got["y"][0]) == pytest.approx(float(given["x"].double().mean()), rel=2e-6)
+
+
+@pytest.mark.parametrize("constant", [1e-8, -1e-8, 1e-12, 1e-30])
+def test_constants_near_zero_are_terms_still(constant):
+    """Adam divides by sqrt(v) + 1e-8, which is 0 for what has had no gradient."""
+
+    def function(named):
+        x = named["x"]
+        return {"plus": 1 / (x + constant), "minus": 1 / (x - constant), "tensor": 1 / (x + torch.tensor(constant))}
+
+    given = {"x": torch.zeros(3)}
+    expected = function(given)
+    for name, got in run(lower(trace(function, given, profile="onnxruntime")), given).items():
+        np.testing.assert_allclose(got, expected[name].numpy(), rtol=1e-6, err_msg=name)
+
+
+def test_constants_near_one_are_factors_still():
+    near = 1 + 2**-22
+
+    def function(named):
+        x = named["x"]
+        return {"times": x * near - x, "over": x / near - x}
+
+    given = {"x": torch.ones(3)}
+    for name, got in run(lower(trace(function, given, profile="onnxruntime")), given).items():
+        np.testing.assert_array_equal(got, function(given)[name].numpy(), err_msg=name)
+        assert got.all()
