@@ -35,14 +35,17 @@ STREAMS = ("task_incremental", "class_incremental")
 PER_CLASS = {"train": 100, "test": 60}
 SIZE, EPOCHS, BATCH, GRID_SEED = 14, 100, 32, 1000
 MODEL = {"name": "slim_resnet18", "width": 8}
+CLIPS = (None, 1.0)
 SMALL_RATES, RATES, WEIGHTS = (0.01, 0.003, 0.03), (0.03, 0.01, 0.1), (1.0, 4.0, 0.25)
 RELATION_GRIDS: dict[str, tuple[Any, ...]] = {
     "lr": RATES, "alpha": WEIGHTS, "teacher_mode": ("train", "eval"), "prototypes_lr": (0.03, 0.1),
+    "clip_grad_norm": CLIPS,
 }  # fmt: skip
+LAMBDAS = (1000.0, 100.0, 10000.0, 100000.0)
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[Any, ...]]]] = {  # strategy, fixed, grids
-    "Naive": ("naive", {}, {"lr": SMALL_RATES}),
-    "LwF": ("lwf", {}, {"lr": RATES, "alpha": WEIGHTS}),
-    "EWC": ("ewc", {}, {"lr": SMALL_RATES, "ewc_lambda": (1000.0, 100.0, 10000.0, 100000.0)}),
+    "Naive": ("naive", {}, {"lr": SMALL_RATES, "clip_grad_norm": CLIPS}),
+    "LwF": ("lwf", {}, {"lr": RATES, "alpha": WEIGHTS, "clip_grad_norm": CLIPS}),
+    "EWC": ("ewc", {}, {"lr": SMALL_RATES, "ewc_lambda": LAMBDAS, "clip_grad_norm": CLIPS}),
     "PRD, samples": ("prd", {"flip": False, "relation": "samples"}, RELATION_GRIDS),
     "PRD, classes": ("prd", {"flip": False, "relation": "classes"}, RELATION_GRIDS),
 }
@@ -171,6 +174,11 @@ class Runner:
         return common.write("prd", self.content, self.out)
 
 
+def said(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The options in order, without those that are not set."""
+    return tuple(sorted((name, value) for name, value in options.items() if value is not None))
+
+
 def search(runner: Runner, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of each row, one after the other, and everything that was tried."""
     chosen = {row: {option: values[0] for option, values in grids.items()} for row, (_, _, grids) in METHODS.items()}
@@ -180,7 +188,7 @@ def search(runner: Runner, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]
         for row, (_, _, grids) in METHODS.items():
             for option, values in list(grids.items())[turn : turn + 1]:
                 asked += [(row, option, {**chosen[row], option: value}) for value in values]
-        jobs = [Job(row, tuple(sorted(options.items())), STREAMS[0], GRID_SEED, quick) for row, _, options in asked]
+        jobs = [Job(row, said(options), STREAMS[0], GRID_SEED, quick) for row, _, options in asked]
         best: dict[str, float] = {}
         for (row, option, options), found in zip(asked, runner(jobs, f"search {turn + 1}"), strict=True):
             tried[row].append({**options, "final_accuracy": found["final_accuracy"]})
@@ -233,7 +241,7 @@ def main() -> int:
     print(f"chosen: {chosen}")
     if not given.search:
         cells = [(stream, row, seed) for stream in STREAMS for row in METHODS for seed in range(given.seeds)]
-        jobs = [Job(row, tuple(sorted(chosen[row].items())), stream, seed, given.quick) for stream, row, seed in cells]
+        jobs = [Job(row, said(chosen[row]), stream, seed, given.quick) for stream, row, seed in cells]
         figures = dict(zip(cells, runner(jobs, "comparison"), strict=True))
         runner.content["streams"] = {}
         for stream in STREAMS:
